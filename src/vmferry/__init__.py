@@ -1,0 +1,1 @@
+"""vmferry moves running virtual machines between Linux hosts, with proof that what arrived is what left."""

@@ -1,0 +1,1 @@
+"""What goes over the wire: models, problems, TLS identities, the client."""

@@ -1,0 +1,1 @@
+"""vmferryd: registry of VMs, journal, supervision of guests, the host's API."""

@@ -1,0 +1,1 @@
+"""The mission: preflight, plan, both sides, convergence, handoff, recovery, receipt."""

@@ -1,0 +1,1 @@
+"""The host's switches and ports, the gate, announcements, tunnels."""

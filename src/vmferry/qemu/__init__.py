@@ -1,0 +1,1 @@
+"""One guest process: command line, QMP session, features, block graph, memory image."""

@@ -1,0 +1,1 @@
+"""Pools and what is in them: layers, copying, digests."""
