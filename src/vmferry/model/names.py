@@ -1,4 +1,4 @@
-"""Names of VMs, hosts, disks, pools and switches: one rule, so that a name is safe as a file, a host name and a label."""
+"""Names of VMs, hosts, disks, pools, switches: one rule, so that a name is safe as a file, a host name, a label."""
 
 from __future__ import annotations
 

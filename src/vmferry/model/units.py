@@ -1,4 +1,4 @@
-"""Sizes, durations and rates as people write them, to plain integers (bytes, milliseconds, bits per second) and back."""
+"""Sizes, durations and rates as people write them, to integers (bytes, milliseconds, bits per second) and back."""
 
 from __future__ import annotations
 
