@@ -105,7 +105,7 @@ def _faults(error: ValidationError, data: object) -> list[str]:
         by_branch.setdefault(union[:1], {}).setdefault(branch[:1], []).append(shown)
     lines: list[str] = []
     for branches in by_branch.values():
-        lines += min(branches.values(), key=lambda shown: len(shown))
+        lines += sorted(branches.values(), key=len)[0]
     return lines[:_SHOWN_FAULTS] + (["..."] if len(lines) > _SHOWN_FAULTS else [])
 
 
