@@ -13,6 +13,7 @@ from collections.abc import Hashable, Mapping
 from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import cache
+from http import HTTPStatus
 from pathlib import PurePath
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
-_TYPE_PREFIX = "urn:vmferry:problem:"
 _SHOWN_FAULTS = 20
 
 
@@ -144,17 +144,19 @@ def _reason(kind: str, message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-_TITLES: dict[type[VmferryError], str] = {
-    errors.NotFound: "Not found",
-    errors.WrongInput: "The request is wrong",
-    errors.Conflict: "Not possible in the present state",
-    errors.Refused: "Refused by the check",
-    errors.OutcomeUnknown: "The outcome is unknown",
-    errors.Unreachable: "Not reachable",
-    errors.Failed: "Failed",
-    errors.VmferryError: "Failed",
+_KINDS: dict[str, type[VmferryError]] = {
+    kind.__name__: kind
+    for kind in (
+        errors.VmferryError,
+        errors.WrongInput,
+        errors.NotFound,
+        errors.Conflict,
+        errors.Refused,
+        errors.Failed,
+        errors.OutcomeUnknown,
+        errors.Unreachable,
+    )
 }
-_KINDS = {kind.__name__: kind for kind in _TITLES}
 _BY_STATUS: dict[int, type[VmferryError]] = {
     400: errors.WrongInput,
     401: errors.Refused,
@@ -169,15 +171,15 @@ _BY_STATUS: dict[int, type[VmferryError]] = {
 
 def problem(error: VmferryError) -> dict[str, Any]:
     """The problem document of an error: RFC 9457's members, and `code`, `fix`, `kind` (the class to raise again)."""
-    kind = next(cls for cls in type(error).__mro__ if cls in _TITLES)
+    kind = next(cls.__name__ for cls in type(error).__mro__ if cls.__name__ in _KINDS)
     return {
-        "type": _TYPE_PREFIX + error.code,
-        "title": _TITLES[kind],
+        "type": "about:blank",
+        "title": HTTPStatus(error.http_status).phrase,
         "status": error.http_status,
         "detail": error.message,
         "code": error.code,
         "fix": error.fix,
-        "kind": kind.__name__,
+        "kind": kind,
     }
 
 
