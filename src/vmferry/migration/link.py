@@ -1,0 +1,41 @@
+"""What the engine needs of the connection to the other host. Implemented by `vmferry.host.peering`."""
+
+from __future__ import annotations
+
+from typing import Protocol, TypeVar
+
+from vmferry.migration.messages import Request
+
+R = TypeVar("R")
+
+
+class PeerLink(Protocol):
+    """One connection to one host, open for the length of a migration.
+
+    Guarantees: requests are carried out in the order sent; several may be in flight.
+    """
+
+    @property
+    def peer(self) -> str:
+        """The other host's name, as its certificate has it."""
+        ...
+
+    @property
+    def local_address(self) -> str:
+        """Our address on the network that this link uses."""
+        ...
+
+    @property
+    def rtt_ms(self) -> float:
+        """The shortest round trip seen."""
+        ...
+
+    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0) -> R:
+        """The answer. Raises what the other side raised; `Unreachable` if it was never sent; `OutcomeUnknown` if the
+        link was lost or the time ran out after it was sent.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Ends the connection; requests in flight end with OutcomeUnknown."""
+        ...
