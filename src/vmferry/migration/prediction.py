@@ -1,0 +1,84 @@
+"""Bytes, duration and blackout before anything moves, as ranges, from a measured dirty rate and a measured link.
+
+Pure. The model (qemu-notes.md, 4.2): a pass of R bytes lasts R/B; meanwhile the guest dirties D(t) different bytes,
+D(t) = rate x t up to its working set; the next pass carries that. Its fixpoint is what must be sent in the blackout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmferry.model.migration import MigrateOptions, PostCopy, Prediction, Range
+from vmferry.model.units import format_ms, format_rate
+
+_CHECKED_MS = 700  # rehearsal, probes
+_PREPARED_MS = 500
+_FIXED_BLACKOUT_MS = 10.0
+_SMALLEST_PASS_MS = 4.0  # two bitmap syncs and the way to the other host
+_MOST_ROUNDS = 30
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What the check measured; bytes and bytes per second."""
+
+    memory_bytes: int  # allocated to the guest: what is not there costs nothing
+    disk_bytes: int
+    dirty_rate: int
+    link_rate: int
+
+
+def predict(measured: Measured, options: MigrateOptions) -> Prediction:
+    """What the migration will take. `feasible` is False when neither pre-copy nor what the options allow converges."""
+    rate = measured.link_rate
+    if options.bandwidth_bps:
+        rate = min(rate, options.bandwidth_bps // 8)
+    rate = max(rate, 1)
+    rounds, copy_ms, floor_ms = _rounds(measured.memory_bytes, measured.dirty_rate, rate)
+    total_ms = _CHECKED_MS + _PREPARED_MS + measured.disk_bytes / rate * 1000 + copy_ms
+    blackout_ms = floor_ms + _FIXED_BLACKOUT_MS
+    feasible, reason = _feasible(measured, options, rate, blackout_ms, total_ms)
+    return Prediction(
+        memory_bytes=measured.memory_bytes,
+        disk_bytes=measured.disk_bytes,
+        total_ms=Range(round(total_ms * 0.7), round(total_ms * 1.6 + 500)),
+        blackout_ms=Range(round(blackout_ms * 0.4, 1), round(blackout_ms * 3 + 10, 1)),
+        rounds=rounds,
+        dirty_bytes_per_s=measured.dirty_rate,
+        link_bytes_per_s=measured.link_rate,
+        feasible=feasible,
+        reason=reason,
+    )
+
+
+def _rounds(memory_bytes: int, dirty_rate: int, rate: int) -> tuple[int, float, float]:
+    """Passes, their time in all, and the time of the last one, in milliseconds."""
+    pass_ms = memory_bytes / rate * 1000
+    copy_ms, rounds = pass_ms, 1
+    while rounds < _MOST_ROUNDS:
+        following_ms = max(min(dirty_rate * pass_ms / 1000, memory_bytes) / rate * 1000, _SMALLEST_PASS_MS)
+        rounds += 1
+        if following_ms > pass_ms * 0.9 or following_ms <= _SMALLEST_PASS_MS:
+            return rounds, copy_ms, following_ms
+        copy_ms += following_ms
+        pass_ms = following_ms
+    return rounds, copy_ms, pass_ms
+
+
+def _feasible(
+    measured: Measured, options: MigrateOptions, rate: int, blackout_ms: float, total_ms: float
+) -> tuple[bool, str]:
+    if options.deadline_ms and total_ms * 0.7 > options.deadline_ms:
+        return False, (
+            f"it takes about {format_ms(total_ms)} at {format_rate(rate * 8)}, the deadline is "
+            f"{format_ms(options.deadline_ms)}"
+        )
+    if blackout_ms <= options.max_blackout_ms or options.post_copy is PostCopy.ALLOW:
+        return True, ""
+    throttled = measured.dirty_rate * (100 - options.max_slowdown_percent) // 100
+    if throttled < rate * 0.8:
+        return True, ""
+    return False, (
+        f"the guest dirties {format_rate(measured.dirty_rate * 8)} and the link carries {format_rate(rate * 8)}: "
+        f"the blackout would be about {format_ms(blackout_ms)}"
+    )
