@@ -1,0 +1,226 @@
+"""The connection between two hosts: requests and answers as JSON on one WebSocket over mutual TLS.
+
+`connect_peer` is the asking side (a `PeerLink`), `serve_peer` the answering one. Who is speaking is what the
+certificate says, never what a message says. Late answers to requests that were given up are dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import ssl
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeVar, cast
+
+import aiohttp
+from aiohttp import web
+
+from vmferry.api.codec import decode, encode, error_from_problem, problem
+from vmferry.migration import messages
+from vmferry.migration.messages import REPLIES, Request
+from vmferry.model.errors import Failed, OutcomeUnknown, Unreachable, VmferryError, WrongInput
+
+R = TypeVar("R")
+PEER_PATH = "/v1/peer"
+_KINDS: dict[str, type] = {kind.__name__: kind for kind in REPLIES}
+_LARGEST_MESSAGE = 64 << 20
+_HEARTBEAT_S = 5.0
+
+Handler = Callable[[Request], Awaitable[object]]
+
+
+def warm_codecs() -> None:
+    """Builds every decoder now: the first message of a kind must not pay for it inside a blackout."""
+    for kind, reply in REPLIES.items():
+        for each in (kind, reply):
+            try:
+                decode(each, {})
+            except WrongInput:
+                continue
+
+
+class WebSocketLink:
+    """The asking side. See `vmferry.migration.link.PeerLink` for what it guarantees."""
+
+    def __init__(self, peer: str, socket: aiohttp.ClientWebSocketResponse, session: aiohttp.ClientSession) -> None:
+        self._peer = peer
+        self._socket = socket
+        self._session = session
+        self._waiting: dict[int, asyncio.Future[Any]] = {}
+        self._next = 0
+        self._rtt_ms = float("inf")
+        self._lost: str | None = None
+        self._reader = asyncio.create_task(self._read())
+
+    @property
+    def peer(self) -> str:
+        """The other host's name, as its certificate has it."""
+        return self._peer
+
+    @property
+    def local_address(self) -> str:
+        """Our address on this link's network."""
+        return str(self._socket.get_extra_info("sockname")[0])
+
+    @property
+    def peer_address(self) -> str:
+        """The other host's address on this link's network."""
+        return str(self._socket.get_extra_info("peername")[0])
+
+    @property
+    def rtt_ms(self) -> float:
+        """The shortest time between a request and its answer."""
+        return self._rtt_ms
+
+    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0) -> R:
+        """See PeerLink.call."""
+        if self._lost is not None:
+            raise Unreachable("link-lost", f"The connection to {self._peer} is lost: {self._lost}.", "Is the host up?")
+        self._next += 1
+        number = self._next
+        future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        text = json.dumps({"n": number, "call": type(request).__name__, "body": encode(request)})
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._socket.send_str(text)
+                answer = await future
+        except TimeoutError as error:
+            raise OutcomeUnknown(
+                "peer-silent",
+                f"{self._peer} did not answer {type(request).__name__} within {timeout_s:g} s.",
+                "Look whether the host and the migration network are up.",
+            ) from error
+        except (ConnectionError, aiohttp.ClientError) as error:
+            raise self._unknown(str(error)) from error
+        finally:
+            self._waiting.pop(number, None)
+        self._rtt_ms = min(self._rtt_ms, (time.monotonic() - started) * 1000)
+        return decode(reply, answer)
+
+    async def close(self) -> None:
+        """See PeerLink.close."""
+        self._lose("it was closed")
+        self._reader.cancel()
+        await asyncio.gather(self._reader, return_exceptions=True)
+        await self._socket.close()
+        await self._session.close()
+
+    def _unknown(self, why: str) -> OutcomeUnknown:
+        return OutcomeUnknown("link-lost", f"The connection to {self._peer} was lost: {why}.", "Is the host up?")
+
+    async def _read(self) -> None:
+        try:
+            async for message in self._socket:
+                if message.type is not aiohttp.WSMsgType.TEXT:
+                    break
+                self._deliver(json.loads(message.data))
+        finally:
+            self._lose("the other side hung up or fell silent")
+
+    def _deliver(self, document: dict[str, Any]) -> None:
+        future = self._waiting.get(document["n"])
+        if future is None or future.done():
+            return
+        if "problem" in document:
+            future.set_exception(error_from_problem(document["problem"]))
+        else:
+            future.set_result(document["body"])
+
+    def _lose(self, why: str) -> None:
+        if self._lost is None:
+            self._lost = why
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(self._unknown(why))
+
+
+async def connect_peer(name: str, address: str, context: ssl.SSLContext, timeout_s: float = 5.0) -> WebSocketLink:
+    """A link to the host `name`, whose certificate must say so.
+
+    Raises Unreachable `host-unreachable` or `host-not-trusted` (certificate of another CA, another name, expired);
+    nothing was sent then.
+    """
+    session = aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context))
+    try:
+        async with asyncio.timeout(timeout_s):
+            socket = await session.ws_connect(
+                f"https://{address}{PEER_PATH}",
+                server_hostname=name,
+                heartbeat=_HEARTBEAT_S,
+                compress=0,
+                max_msg_size=_LARGEST_MESSAGE,
+            )
+    except BaseException as error:
+        await session.close()
+        if isinstance(error, TimeoutError | OSError | aiohttp.ClientError):
+            raise _connect_error(name, address, error) from error
+        raise
+    return WebSocketLink(name, socket, session)
+
+
+def _connect_error(name: str, address: str, error: BaseException) -> VmferryError:
+    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError | ssl.SSLError):
+        return Unreachable(
+            "host-not-trusted",
+            f"{name} at {address} showed a certificate that does not prove that name: {error}.",
+            "Is it the right address? Did it join this CA? Is its certificate still valid?",
+        )
+    if isinstance(error, aiohttp.WSServerHandshakeError):
+        return Failed("host-refused-us", f"{name} refused this host: {error.message} ({error.status}).", "See its log.")
+    why = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
+    # TLS 1.3: a server that refuses our certificate says so only after the handshake, as a connection that ends.
+    return Unreachable(
+        "host-unreachable",
+        f"{name} cannot be reached at {address}: {why}.",
+        "Is vmferryd running there, is the migration network up, and is our certificate one of its CA's?",
+    )
+
+
+async def serve_peer(
+    request: web.Request, handler: Handler, on_closed: Callable[[], Awaitable[None]]
+) -> web.WebSocketResponse:
+    """Answers one peer until it hangs up; then `on_closed`. Requests are started in the order in which they come."""
+    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_LARGEST_MESSAGE)
+    await socket.prepare(request)
+    running: set[asyncio.Task[None]] = set()
+    try:
+        async for message in socket:
+            if message.type is not aiohttp.WSMsgType.TEXT:
+                break
+            task = asyncio.create_task(_answer(socket, message.data, handler))
+            running.add(task)
+            task.add_done_callback(running.discard)
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
+        await asyncio.shield(on_closed())
+    return socket
+
+
+async def _answer(socket: web.WebSocketResponse, text: str, handler: Handler) -> None:
+    number = 0
+    try:
+        document = json.loads(text)
+        number = int(document["n"])
+        kind = _KINDS.get(document["call"])
+        if kind is None:
+            raise WrongInput("unknown-request", f"This host does not know {document['call']}.", "Same vmferry version?")
+        reply: dict[str, Any] = {
+            "n": number,
+            "body": encode(await handler(cast(Request, decode(kind, document["body"])))),
+        }
+    except VmferryError as error:
+        reply = {"n": number, "problem": problem(error)}
+    except (ValueError, KeyError, TypeError) as error:
+        reply = {"n": number, "problem": problem(WrongInput("bad-request", f"Not a request: {error}.", ""))}
+    if not socket.closed:
+        await socket.send_str(json.dumps(reply))
+
+
+def protocol_version() -> int:
+    """The version of the messages that this host speaks."""
+    return messages.PROTOCOL_VERSION
