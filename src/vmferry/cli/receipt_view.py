@@ -1,0 +1,82 @@
+"""A finished migration for people: the short receipt after it, and the whole one.
+
+For the nouns `vm` and `migration`. Shows what the receipt says; judges nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from vmferry.cli.check_view import format_range
+from vmferry.cli.display import facts, line, mark, table, text
+from vmferry.model.receipt import Receipt
+from vmferry.model.units import format_ms, format_size
+
+Facts = Iterator[tuple[str, object]]
+
+
+def show_short_receipt(receipt: Receipt) -> None:
+    """What a user wants to know at the end: pause, total, bytes, frames, digests, network."""
+    head = f"{receipt.vm} {receipt.outcome.value}: {receipt.source} {mark('→', '->')} {receipt.target}"
+    line(head, "bold")
+    facts(_short(receipt))
+
+
+def show_receipt(receipt: Receipt, signature: tuple[bool, str]) -> None:
+    """All of it, with the word on its signature (valid, reason)."""
+    show_short_receipt(receipt)
+    facts(_more(receipt, signature))
+    rows = [(phase.name.value, phase.started_at, phase.ended_at or "-") for phase in receipt.phases]
+    table(("PHASE", "FROM", "TO"), rows, "no phases")
+    if receipt.switchover:
+        steps = [(step.name, f"{step.at_ms:.2f} ms") for step in receipt.switchover]
+        table(("STEP OF THE SWITCHOVER", ">AFTER STOP"), steps, "")
+
+
+def _short(receipt: Receipt) -> Facts:
+    predicted = receipt.predicted
+    expected = f"  (predicted {format_range(predicted.blackout_ms)})" if predicted else ""
+    yield "pause", text(format_ms(receipt.blackout_ms), "bold") + text(expected, "dim")
+    expected = f"  (predicted {format_range(predicted.total_ms)})" if predicted else ""
+    yield "total", text(format_ms(receipt.total_ms)) + text(expected, "dim")
+    memory, disks = format_size(receipt.bytes.memory), format_size(receipt.bytes.disks)
+    reused = receipt.bytes.layers_reused
+    sent = f"memory {memory} in {receipt.rounds} {'round' if receipt.rounds == 1 else 'rounds'}, disks {disks}"
+    yield "sent", sent + (f", {format_size(reused)} were there already" if reused else "")
+    frames = receipt.frames
+    lost = text(f"{frames.lost} lost", "green" if frames.lost == 0 else "bold red")
+    yield "frames", text(f"{frames.held} held, {frames.forwarded} forwarded, ") + lost
+    yield from _digests(receipt)
+    yield "network", _network(receipt)
+
+
+def _digests(receipt: Receipt) -> Facts:
+    verified = receipt.verified
+    if verified.memory is None and not verified.disks:
+        yield "digests", "not compared (--verify none)"
+    if verified.memory is not None:
+        yield "memory", _equal(verified.memory.equal, verified.memory.source)
+    for disk in verified.disks:
+        yield f"disk {disk.name}", _equal(disk.equal, disk.source)
+
+
+def _equal(equal: bool, digest: str) -> Text:
+    word = text(f"{mark('✔', '+')} equal", "green") if equal else text(f"{mark('✘', 'x')} DIFFERENT", "bold red")
+    return word + text(f"  {digest}", "dim")
+
+
+def _network(receipt: Receipt) -> str:
+    words = {True: "yes", False: "NO", None: "not tried"}
+    proof = receipt.network
+    return f"reachable before: {words[proof.reachable_before]}, after: {words[proof.reachable_after]}"
+
+
+def _more(receipt: Receipt, signature: tuple[bool, str]) -> Facts:
+    valid, reason = signature
+    yield "signature", text("valid", "green") if valid else text(f"NOT VALID: {reason}", "bold red")
+    yield "id", receipt.id
+    yield "started", receipt.started_at
+    yield "generation", receipt.generation
+    yield "versions", ", ".join(f"{name} {version}" for name, version in sorted(receipt.versions.items()))
