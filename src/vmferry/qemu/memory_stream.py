@@ -1,0 +1,255 @@
+"""The memory's way between two QEMUs: capabilities, parameters, the stream's two ends, what is observed of it.
+
+Used by `migration/`, which decides when to do what. Events: MIGRATION (status), MIGRATION_PASS, STOP, RESUME, SUSPEND
+come through `Monitor.subscribe` and `Monitor.expect`; `expect_status` is the short form for the first.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vmferry.model.errors import Failed
+from vmferry.qemu.features import observe_capabilities
+from vmferry.qemu.monitor import Monitor, QmpEvent
+
+_ENDED = frozenset(("completed", "failed", "cancelled"))
+_RATE_LOOK_EVERY_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class StreamSettings:
+    """What both ends agree on (capabilities) and what each is told (parameters). Rates: bytes a second, 0: no limit."""
+
+    multifd_channels: int = 0  # 0: one stream
+    postcopy: bool = False
+    auto_converge: bool = False
+    late_block_activate: bool = False
+    validate_uuid: bool = True
+    pause_before_switchover: bool = True
+    tls_creds: str = ""  # id of a tls-creds object; "": plain
+    tls_hostname: str = ""  # source: what the target's certificate must be for
+    tls_authz: str = ""  # target: id of an authz object
+    max_bandwidth: int = 0
+    downtime_limit_ms: int = 300
+    switchover_bandwidth: int = 0  # what QEMU's stop rule reckons with; 0: its own estimate
+    max_postcopy_bandwidth: int = 0
+    throttle_max_percent: int = 99
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySample:
+    """query-migrate at one moment. Bytes unless named otherwise; None where QEMU does not say (yet)."""
+
+    status: str
+    remaining_bytes: int = 0
+    transferred_bytes: int = 0
+    total_bytes: int = 0
+    dirty_sync_count: int = 0
+    dirty_pages_rate: int = 0  # pages a second in the last sync interval
+    page_size: int = 4096
+    mbps: float = 0.0
+    throttle_percent: int = 0
+    expected_downtime_ms: int | None = None
+    downtime_ms: int | None = None
+    total_time_ms: int | None = None
+    setup_time_ms: int | None = None
+    normal_pages: int = 0
+    zero_pages: int = 0
+    postcopy_requests: int = 0
+    precopy_bytes: int = 0
+    downtime_bytes: int = 0
+    postcopy_bytes: int = 0
+    error_desc: str = ""
+    blocked_reasons: tuple[str, ...] = ()
+
+    @property
+    def ended(self) -> bool:
+        """Whether the migration is over, well or not."""
+        return self.status in _ENDED
+
+
+@dataclass(frozen=True, slots=True)
+class DirtyRate:
+    """How much memory the guest wrote to in a window: distinct bytes, a second. `samples` a GiB were looked at.
+
+    QEMU leaves out RAM blocks under 128 MiB: for a smaller guest the rate is 0 and means nothing (`meaningful`).
+    """
+
+    bytes_per_s: int
+    window_s: int
+    samples: int
+    meaningful: bool
+
+
+async def prepare_source(monitor: Monitor, settings: StreamSettings) -> None:
+    """Sets capabilities and parameters on the source. Resets what an earlier attempt left. Raises QmpRefused."""
+    await _set_capabilities(monitor, settings, source=True)
+    await _set_parameters(monitor, settings, source=True)
+
+
+async def prepare_incoming(monitor: Monitor, host: str, settings: StreamSettings, port: int = 0) -> int:
+    """Makes a QEMU started with `-incoming defer` listen; gives the port. Raises QmpRefused, Failed.
+
+    Where QEMU can (9.1), a failed migration leaves it running with the reason in query-migrate.
+    """
+    await _set_capabilities(monitor, settings, source=False)
+    await _set_parameters(monitor, settings, source=False)
+    arguments: dict[str, Any] = {"uri": tcp_uri(host, port)}
+    if await _knows_exit_on_error(monitor):
+        arguments["exit-on-error"] = False
+    await monitor.execute("migrate-incoming", arguments=arguments)
+    for address in (await monitor.execute("query-migrate")).get("socket-address", ()):
+        if "port" in address:
+            return int(address["port"])
+    raise Failed("no-migration-port", "QEMU does not say on which port it waits for the migration.")
+
+
+async def start_outgoing(monitor: Monitor, host: str, port: int) -> None:
+    """Starts the migration; what becomes of it is told by events. Raises QmpRefused (a blocker, a wrong capability)."""
+    await monitor.execute("migrate", uri=tcp_uri(host, port))
+
+
+def tcp_uri(host: str, port: int) -> str:
+    """QEMU's address of a TCP port; an IPv6 address gets its brackets."""
+    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
+
+
+def expect_status(monitor: Monitor, *statuses: str) -> asyncio.Future[QmpEvent]:
+    """A future of the first MIGRATION event with one of these statuses, armed at once."""
+    wanted = frozenset(statuses)
+    return monitor.expect("MIGRATION", lambda event: event.data.get("status") in wanted)
+
+
+async def observe_migration(monitor: Monitor) -> MemorySample:
+    """query-migrate as it is now. Status "none" before the first migration."""
+    return read_sample(await monitor.execute("query-migrate"))
+
+
+def read_sample(answer: Mapping[str, Any]) -> MemorySample:
+    """A MemorySample of an answer to query-migrate. Pure."""
+    ram: Mapping[str, Any] = answer.get("ram") or {}
+    return MemorySample(
+        status=str(answer.get("status", "none")),
+        remaining_bytes=int(ram.get("remaining", 0)),
+        transferred_bytes=int(ram.get("transferred", 0)),
+        total_bytes=int(ram.get("total", 0)),
+        dirty_sync_count=int(ram.get("dirty-sync-count", 0)),
+        dirty_pages_rate=int(ram.get("dirty-pages-rate", 0)),
+        page_size=int(ram.get("page-size", 4096)),
+        mbps=float(ram.get("mbps", 0.0)),
+        throttle_percent=int(answer.get("cpu-throttle-percentage", 0)),
+        expected_downtime_ms=answer.get("expected-downtime"),
+        downtime_ms=answer.get("downtime"),
+        total_time_ms=answer.get("total-time"),
+        setup_time_ms=answer.get("setup-time"),
+        normal_pages=int(ram.get("normal", 0)),
+        zero_pages=int(ram.get("duplicate", 0)),
+        postcopy_requests=int(ram.get("postcopy-requests", 0)),
+        precopy_bytes=int(ram.get("precopy-bytes", 0)),
+        downtime_bytes=int(ram.get("downtime-bytes", 0)),
+        postcopy_bytes=int(ram.get("postcopy-bytes", 0)),
+        error_desc=str(answer.get("error-desc", "")),
+        blocked_reasons=tuple(answer.get("blocked-reasons", ())),
+    )
+
+
+async def set_bandwidth(monitor: Monitor, bytes_per_s: int, postcopy_bytes_per_s: int | None = None) -> None:
+    """Limits the stream, also while it runs; 0: no limit. (QEMU looks at it at the end of its 100 ms window.)"""
+    parameters = {"max-bandwidth": bytes_per_s}
+    if postcopy_bytes_per_s is not None:
+        parameters["max-postcopy-bandwidth"] = postcopy_bytes_per_s
+    await monitor.execute("migrate-set-parameters", arguments=parameters)
+
+
+async def set_switchover_limit(monitor: Monitor, downtime_ms: int, bandwidth: int | None = None) -> None:
+    """QEMU stops the guest once what is left takes at most this long at this rate (bytes/s; 0: its own estimate)."""
+    parameters = {"downtime-limit": downtime_ms}
+    if bandwidth is not None:
+        parameters["avail-switchover-bandwidth"] = bandwidth
+    await monitor.execute("migrate-set-parameters", arguments=parameters)
+
+
+async def set_throttle(monitor: Monitor, initial_percent: int, increment_percent: int, max_percent: int) -> None:
+    """How much auto-converge may slow the guest down, also while it runs."""
+    await monitor.execute(
+        "migrate-set-parameters",
+        cpu_throttle_initial=initial_percent,
+        cpu_throttle_increment=increment_percent,
+        max_cpu_throttle=max_percent,
+    )
+
+
+async def continue_switchover(monitor: Monitor) -> None:
+    """Lets a migration that waits at pre-switchover go on with the devices' state. Raises QmpRefused if none waits."""
+    await monitor.execute("migrate-continue", state="pre-switchover")
+
+
+async def cancel(monitor: Monitor) -> None:
+    """Cancels; a guest that ran runs again. Nothing happens if none is under way; refused during post-copy."""
+    await monitor.execute("migrate_cancel")
+
+
+async def start_postcopy(monitor: Monitor) -> None:
+    """Switches over now and fetches the rest later: from here there is no way back. Raises QmpRefused."""
+    await monitor.execute("migrate-start-postcopy")
+
+
+async def estimate_dirty_rate(monitor: Monitor, seconds: int = 1, samples_per_gib: int = 4096) -> DirtyRate:
+    """Measures for whole seconds by sampling pages: the only mode that is safe under TCG (qemu-notes 0.4).
+
+    Raises QmpRefused (one is under way already).
+    """
+    arguments = {"calc-time": seconds, "sample-pages": samples_per_gib, "mode": "page-sampling"}
+    await monitor.execute("calc-dirty-rate", arguments=arguments)
+    await asyncio.sleep(seconds)
+    while (answer := await monitor.execute("query-dirty-rate"))["status"] == "measuring":  # noqa: ASYNC110 QEMU has no event for it
+        await asyncio.sleep(_RATE_LOOK_EVERY_S)
+    memory = (await monitor.execute("query-memory-size-summary"))["base-memory"]
+    rate = int(answer.get("dirty-rate", 0)) << 20
+    return DirtyRate(rate, seconds, samples_per_gib, meaningful=int(memory) >= 128 << 20)
+
+
+async def _set_capabilities(monitor: Monitor, settings: StreamSettings, source: bool) -> None:
+    offered = await observe_capabilities(monitor)
+    wanted = {
+        "events": True,
+        "return-path": True,
+        "pause-before-switchover": source and settings.pause_before_switchover,
+        "late-block-activate": settings.late_block_activate,
+        "validate-uuid": settings.validate_uuid,
+        "auto-converge": source and settings.auto_converge,
+        "multifd": settings.multifd_channels > 0,
+        "postcopy-ram": settings.postcopy,
+    }
+    missing = sorted(name for name, on in wanted.items() if on and name not in offered)
+    if missing:
+        raise Failed("capability-missing", f"QEMU here cannot do {', '.join(missing)}.", "Install a newer QEMU.")
+    states = [{"capability": name, "state": on} for name, on in wanted.items() if name in offered]
+    await monitor.execute("migrate-set-capabilities", capabilities=states)
+
+
+async def _set_parameters(monitor: Monitor, settings: StreamSettings, source: bool) -> None:
+    known = await monitor.execute("query-migrate-parameters")
+    wanted: dict[str, Any] = {
+        "tls-creds": settings.tls_creds,
+        "tls-hostname": settings.tls_hostname if source else "",
+        "tls-authz": "" if source else settings.tls_authz,
+        "max-bandwidth": settings.max_bandwidth,
+        "max-postcopy-bandwidth": settings.max_postcopy_bandwidth,
+        "downtime-limit": settings.downtime_limit_ms,
+        "avail-switchover-bandwidth": settings.switchover_bandwidth,
+        "max-cpu-throttle": settings.throttle_max_percent,
+    }
+    if settings.multifd_channels:
+        wanted["multifd-channels"] = settings.multifd_channels
+    await monitor.execute("migrate-set-parameters", arguments={k: v for k, v in wanted.items() if k in known})
+
+
+async def _knows_exit_on_error(monitor: Monitor) -> bool:
+    # Asked of QEMU, not of its version; the parameter came with the schema of 9.1.
+    schema = {entry["name"]: entry for entry in await monitor.execute("query-qmp-schema")}
+    arguments = schema[schema["migrate-incoming"]["arg-type"]]
+    return any(member["name"] == "exit-on-error" for member in arguments.get("members", ()))
