@@ -48,7 +48,7 @@ def server_context(directory: Path, *, joining: bool = False) -> ssl.SSLContext:
 
 
 def client_context(directory: Path) -> ssl.SSLContext:
-    """For requests to other hosts. Pass the peer's host name as `server_hostname`: an address is any host's that holds it.
+    """For requests to other hosts; pass the peer's name as `server_hostname` (an address may be another host's later).
 
     Raises NotFound `no-identity`, Refused `expired`.
     """
