@@ -1,0 +1,167 @@
+"""Packet sockets that carry frames with their offload metadata, and record frames without taking them away.
+
+For the gate, announcements and probes only. A frame with metadata is the 10-byte virtio-net header (checksum to be
+filled in, segmentation) and then the Ethernet frame; the kernel calls it PACKET_VNET_HDR (linux/if_packet.h).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import errno
+import socket
+import struct
+from typing import Final, Self
+
+from vmferry.model.errors import Failed
+from vmferry.network.netlink import KernelRefused
+from vmferry.network.tap import SHORT_HEADER_BYTES
+
+ETH_P_ALL: Final = 0x0003
+_SOL_PACKET: Final = 263
+_PACKET_STATISTICS, _PACKET_AUXDATA, _PACKET_VNET_HDR = 6, 8, 15
+_PACKET_QDISC_BYPASS, _PACKET_IGNORE_OUTGOING = 20, 23
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE, _SO_ATTACH_FILTER = 33, 32, 26
+_AUXDATA: Final = struct.Struct("=IIIHHHH")
+_TP_STATUS_VLAN_VALID: Final = 0x10
+_LARGEST_FRAME: Final = 65536 + 4096
+_BUFFER_BYTES: Final = 64 << 20
+_KEEP_ALL: Final = 0x40000
+
+# Classic BPF: keep what leaves through the device (pkt_type 4, PACKET_OUTGOING), i.e. what goes to the guest of a tap.
+_OUTGOING_ONLY: Final = ((0x30, 0, 0, 0xFFFFF004), (0x15, 0, 1, 4), (0x06, 0, 0, _KEEP_ALL), (0x06, 0, 0, 0))
+
+
+def _attach_filter(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
+    code = b"".join(struct.pack("=HBBI", *step) for step in program)
+    memory = ctypes.create_string_buffer(code)
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(program), ctypes.addressof(memory)))
+
+
+def _open(device: str, protocol: int, program: tuple[tuple[int, int, int, int], ...] = ()) -> socket.socket:
+    """A packet socket on one device; it receives nothing before it is bound (no strays of other devices)."""
+    try:
+        sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+        try:
+            if program:
+                _attach_filter(sock, program)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_RCVBUFFORCE, _BUFFER_BYTES)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
+            sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
+            sock.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
+            sock.bind((device, protocol))
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise KernelRefused(f"open a packet socket on {device}", error.errno or errno.EIO, "") from error
+    return sock
+
+
+class _Owner:
+    """Closes its socket once, also at the end of a `with`."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self._socket = sock
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class FrameSender(_Owner):
+    """Sends frames with metadata out of a device.
+
+    `bypass` leaves out the device's queueing and the hooks on it (the closed gate among them).
+    """
+
+    def __init__(self, device: str, *, bypass: bool = False) -> None:
+        super().__init__(_open(device, 0))
+        self._device = device
+        self._socket.settimeout(1.0)
+        if bypass:
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_QDISC_BYPASS, 1)
+
+    def send(self, frame: bytes) -> None:
+        """Raises Failed `frame-not-sent`; the frame is then lost."""
+        try:
+            self._socket.send(frame)
+        except OSError as error:
+            reason = error.strerror or "no answer"
+            raise Failed("frame-not-sent", f"A frame could not be sent out of {self._device} ({reason}).") from error
+
+
+class FrameRecorder(_Owner):
+    """Keeps a copy of every frame of a device from now on, in the kernel, up to 64 MiB of it, oldest first.
+
+    `outgoing`: the frames the host sends into the device (to a tap's guest); else those the device brings in.
+    """
+
+    def __init__(self, device: str, *, outgoing: bool) -> None:
+        super().__init__(_open(device, socket.htons(ETH_P_ALL), _OUTGOING_ONLY if outgoing else ()))
+        if not outgoing:
+            self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        self._seen = 0
+        self._missed = 0
+
+    def seen(self) -> int:
+        """All frames since the beginning, recorded or not."""
+        self._read_counters()
+        return self._seen
+
+    def missed(self) -> int:
+        """Frames that were not recorded because the buffer was full."""
+        self._read_counters()
+        return self._missed
+
+    def _read_counters(self) -> None:
+        packets, drops = struct.unpack("=II", self._socket.getsockopt(_SOL_PACKET, _PACKET_STATISTICS, 8))
+        self._seen += packets
+        self._missed += drops
+
+    def take(self) -> list[bytes]:
+        """The frames recorded and not yet taken, in order, with metadata. Raises Failed `frames-unread`."""
+        frames: list[bytes] = []
+        while True:
+            try:
+                data, ancillary, _, _ = self._socket.recvmsg(_LARGEST_FRAME, 64)
+            except BlockingIOError:
+                return frames
+            except OSError as error:
+                raise Failed("frames-unread", f"Recorded frames cannot be read ({error.strerror}).") from error
+            frames.append(with_vlan_tag(data, ancillary))
+
+    async def wait(self, seconds: float) -> bool:
+        """Whether a frame is there to be taken, after at most that time."""
+        loop = asyncio.get_running_loop()
+        arrived = asyncio.Event()
+        loop.add_reader(self._socket, arrived.set)
+        try:
+            async with asyncio.timeout(seconds):
+                await arrived.wait()
+        except TimeoutError:
+            return False
+        finally:
+            loop.remove_reader(self._socket)
+        return True
+
+
+def with_vlan_tag(data: bytes, ancillary: list[tuple[int, int, bytes]]) -> bytes:
+    """The frame with the 802.1Q tag that the kernel has taken out of it put back, and the metadata's offsets moved."""
+    for level, kind, payload in ancillary:
+        if level != _SOL_PACKET or kind != _PACKET_AUXDATA or len(payload) < _AUXDATA.size:
+            continue
+        status, _, _, _, _, tci, tpid = _AUXDATA.unpack_from(payload)
+        if not status & _TP_STATUS_VLAN_VALID:
+            continue
+        flags, gso, header_length, gso_size, start, offset = struct.unpack_from("=BBHHHH", data)
+        moved = (flags, gso, header_length + 4 if header_length else 0, gso_size, start + 4 if flags & 1 else 0, offset)
+        head = struct.pack("=BBHHHH", *moved)
+        macs_end = SHORT_HEADER_BYTES + 12
+        return head + data[SHORT_HEADER_BYTES:macs_end] + struct.pack("!HH", tpid or 0x8100, tci) + data[macs_end:]
+    return data

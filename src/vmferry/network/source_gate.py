@@ -1,0 +1,235 @@
+"""The source's side of the gate: leads a running VM's incoming frames to the target, and takes them back on rollback.
+
+For `migration/`. Order: `prepare`, (target: plug), `close`, guest STOP, `drain`, ... then `release`; or, if the guest
+stays: `reclaim`, (target: return_frames), `reopen`, `release`.
+
+**All** frames that would enter the port are redirected after `close`, broadcasts too, and the target's own port takes
+no broadcasts from its own switch until `announce`. The two hosts cannot change over in the same instant; were both to
+take broadcasts for a while, the guest would get them twice, and were neither, an ARP request would be lost. This way
+the source alone takes them until the target does so for itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Final
+
+from vmferry.network.announce import Announcer, announcement_frames
+from vmferry.network.frames import FrameRecorder, FrameSender
+from vmferry.network.messages import (
+    ANY_FRAME,
+    CLSACT_EGRESS,
+    Redirect,
+    clsact_delete,
+    clsact_new,
+    fdb_replace,
+    frames_to,
+    link_master,
+    observe_link,
+    observe_link_by_index,
+    observe_redirects,
+    redirect_delete,
+    redirect_new,
+)
+from vmferry.network.netlink import Netlink, PreparedBatch, aside
+from vmferry.network.ports import Port
+from vmferry.network.tap import has_frames, read_frames
+from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunnel_name
+
+EXISTS: Final = frozenset({errno.EEXIST})
+GONE: Final = frozenset({errno.ENOENT, errno.EINVAL, errno.ENODEV})
+_UNICAST_PRIORITY, _OTHER_PRIORITY = 10, 20
+
+
+@dataclass(frozen=True, slots=True)
+class GateCounters:
+    """What has gone through the gate. GSO frames count as the segments they stand for.
+
+    `frames` and `bytes` are unicast to the VM: they end when the network has learnt the VM's new place. `others`
+    (broadcasts) do not end. `dropped` are frames lost on this host.
+    """
+
+    frames: int = 0
+    bytes: int = 0
+    others: int = 0
+    dropped: int = 0
+
+
+class SourceGate:
+    """See the module. One migration, one NIC. All methods may be called again after they failed or succeeded."""
+
+    def __init__(
+        self, netlink: Netlink, port: Port, tunnel: TunnelSpec, uplinks: Sequence[str], addresses: Sequence[str] = ()
+    ) -> None:
+        self._netlink = netlink
+        self._port = port
+        self._spec = tunnel
+        self._uplinks = tuple(uplinks)
+        self._frames = announcement_frames(port.mac, addresses)
+        self._open = ExitStack()
+        self._closed = False
+        self._prepared: _Prepared | None = None
+        self._drained = 0
+        self._reinjected = 0
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    async def prepare(self) -> None:
+        """Everything `close` and a rollback need. The VM's traffic is not touched. Raises KernelRefused."""
+        if self._prepared is None:
+            self._prepared = await aside(self._prepare)
+
+    def _prepare(self) -> _Prepared:
+        with ExitStack() as undo:
+            tunnel = make_tunnel(self._netlink, self._spec)
+            undo.callback(delete_tunnel, self._netlink, tunnel.name)
+            self._netlink.run(clsact_new(self._port.name, self._port.ifindex), accept=EXISTS)
+            redirects = tuple(
+                Redirect(self._port.ifindex, CLSACT_EGRESS, priority, keys, tunnel.index)
+                for priority, keys in ((_UNICAST_PRIORITY, frames_to(self._port.mac)), (_OTHER_PRIORITY, ANY_FRAME))
+            )
+            with ExitStack() as opened:
+                prepared = self._open_all(opened, tunnel.name, tunnel.index, redirects)
+                self._open = opened.pop_all()
+            undo.pop_all()
+        return prepared
+
+    def _open_all(self, opened: ExitStack, name: str, index: int, redirects: tuple[Redirect, ...]) -> _Prepared:
+        netlink, port = self._netlink, self._port
+        prepared = _Prepared(
+            tunnel_index=index,
+            close=netlink.prepare(*(redirect_new(redirect) for redirect in redirects)),
+            reopen=netlink.prepare(*(redirect_delete(redirect) for redirect in reversed(redirects))),
+            reclaim=netlink.prepare(fdb_replace(port.ifindex, port.mac, sticky=False)),
+            forward=opened.enter_context(FrameSender(name)),
+            returned=opened.enter_context(FrameRecorder(name, outgoing=False)),
+            inject=opened.enter_context(FrameSender(port.name, bypass=True)),
+            announcer=opened.enter_context(Announcer(self._uplinks, self._frames)),
+        )
+        for batch in (prepared.close, prepared.reopen, prepared.reclaim):
+            opened.callback(batch.close)
+        return prepared
+
+    def close(self) -> None:
+        """From now on every frame for the VM goes to the target. About 0.2 ms, no await.
+
+        Close a few milliseconds before the guest stops, when `settled` soon becomes true: then nothing stays behind
+        in QEMU. Raises KernelRefused: the gate is then not, or not fully, closed; `reopen` opens it.
+        """
+        self._ready().close.fire(accept=EXISTS)
+        self._closed = True
+
+    def settled(self) -> bool:
+        """Whether the guest's QEMU has emptied the port's ring."""
+        return not has_frames(self._port.fd)
+
+    async def settle(self, timeout_ms: float) -> bool:
+        """Waits, with the gate closed and the guest running, until the ring is empty; False if time ran out."""
+        deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
+        while not self.settled():
+            if asyncio.get_running_loop().time() >= deadline:
+                return False
+            await asyncio.sleep(0.0005)
+        return True
+
+    def drain(self) -> int:
+        """Sends what is left in the port's ring to the target; how many frames. Only while the guest is stopped.
+
+        If this is not 0, QEMU has read one frame more after STOP and keeps it (see docs in `network/__init__`).
+        Raises Failed `port-read`, `frame-not-sent`.
+        """
+        prepared = self._ready()
+        count = 0
+        while frames := read_frames(self._port.fd, 256):
+            for frame in frames:
+                prepared.forward.send(frame)
+            count += len(frames)
+        self._drained += count
+        return count
+
+    def reclaim(self) -> None:
+        """Rollback, first step: the network leads the VM's frames to this host again; the gate stays closed."""
+        self._ready().reclaim.fire(accept=GONE)
+        self._ready().announcer.send()
+
+    async def reopen(self, returned: int | None = None, timeout_s: float = 1.0) -> int:
+        """Rollback, last step: frames go to the port again; first those that came back, in order.
+
+        `returned` is what the target's `return_frames` said: so many are waited for (at most `timeout_s`) before the
+        gate opens; None if the target cannot be asked. Gives back all frames put into the port so far. Call it again
+        when the target has returned late ones. Raises KernelRefused, Failed.
+        """
+        prepared = self._ready()
+        self.reclaim()
+        deadline = asyncio.get_running_loop().time() + timeout_s
+        self._reinject()
+        while returned is not None and self._reinjected < returned:
+            remaining = deadline - asyncio.get_running_loop().time()
+            if remaining <= 0 or not await prepared.returned.wait(remaining):
+                break
+            self._reinject()
+        prepared.reopen.fire(accept=GONE)
+        self._closed = False
+        self._reinject()
+        return self._reinjected
+
+    def _reinject(self) -> None:
+        prepared = self._ready()
+        for frame in prepared.returned.take():
+            prepared.inject.send(frame)
+            self._reinjected += 1
+
+    async def traffic(self) -> GateCounters:
+        """What the gate has passed on so far. Raises KernelRefused."""
+        return await aside(self._traffic)
+
+    def _traffic(self) -> GateCounters:
+        found = observe_redirects(self._netlink, self._port.ifindex, CLSACT_EGRESS)
+        tunnel = observe_link_by_index(self._netlink, self._ready().tunnel_index)
+        unicast, others = found.get(_UNICAST_PRIORITY), found.get(_OTHER_PRIORITY)
+        return GateCounters(
+            frames=(unicast.frames if unicast else 0) + self._drained,
+            bytes=unicast.bytes if unicast else 0,
+            others=others.frames if others else 0,
+            dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors"),
+        )
+
+    async def release(self) -> None:
+        """Ends it. If the gate is closed the port leaves its switch first: frames must not go to a guest that left.
+
+        Idempotent, also after a failed `prepare`, and if port or tunnel are gone. Raises KernelRefused.
+        """
+        self._open.close()
+        self._prepared = None
+        await aside(self._release)
+
+    def _release(self) -> None:
+        port = self._port
+        link = observe_link(self._netlink, port.name)
+        if link is not None and link.index == port.ifindex:
+            if self._closed:
+                self._netlink.run(link_master(port.name, port.ifindex, 0))
+            self._netlink.run(clsact_delete(port.name, port.ifindex), accept=GONE)
+        delete_tunnel(self._netlink, tunnel_name(self._spec.migration_id, self._spec.index))
+
+    def _ready(self) -> _Prepared:
+        assert self._prepared is not None, "prepare() first"
+        return self._prepared
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    tunnel_index: int
+    close: PreparedBatch
+    reopen: PreparedBatch
+    reclaim: PreparedBatch
+    forward: FrameSender
+    returned: FrameRecorder
+    inject: FrameSender
+    announcer: Announcer
