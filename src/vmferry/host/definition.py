@@ -1,4 +1,4 @@
-"""From what a user writes about a VM (interface.md, "A VM") to a definition that can be built. Pure; all faults at once.
+"""From what a user writes about a VM (interface.md, "A VM") to a definition that can be built. Pure.
 
 Files and pools are looked at by `vmferry.host.creation`, not here.
 """

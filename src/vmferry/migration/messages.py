@@ -12,6 +12,7 @@ from vmferry.migration.handoff import PeerSays
 from vmferry.model.findings import Finding
 from vmferry.model.migration import MigrateOptions
 from vmferry.model.vm import VmSpec
+from vmferry.qemu.cpu import CpuFeatures
 
 PROTOCOL_VERSION = 1
 
@@ -24,7 +25,7 @@ class SourceFacts:
     protocol: int
     qemu_version: str
     accel: str
-    cpu_properties: dict[str, bool]
+    cpu: CpuFeatures
     machine: str
     clock_unix_ms: float
     switch_mtu: dict[str, int]

@@ -10,7 +10,7 @@ from vmferry.model.vm import Disk, Nic, VmSpec
 
 
 def map_pools(spec: VmSpec, options: MigrateOptions) -> dict[str, str]:
-    """Disk name to the target's pool. Raises WrongInput `unknown-disk` when the options name a disk that is not there."""
+    """Disk name to the target's pool. Raises WrongInput `unknown-disk` when the options name one that is not there."""
     names = {disk.name for disk in spec.disks}
     for disk in options.storage:
         if disk and disk not in names:

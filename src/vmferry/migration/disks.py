@@ -1,0 +1,240 @@
+"""The disks of a migration: images on the target, mirrors from the source, both ends of their proof.
+
+A disk travels as a mirror: QEMU's NBD export on the target, `blockdev-mirror` on the source, first in the background,
+then with every guest write going to both, so that nothing is left to copy when the guest stops.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmferry.migration.disk_proof import DiskReader, open_source_readers, open_target_readers
+from vmferry.migration.guest import RunningGuest
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.streams import SOURCE_TLS, TARGET_TLS, stream_name
+from vmferry.model.errors import Failed, Refused
+from vmferry.model.vm import Disk, VmSpec
+from vmferry.qemu.blocks import (
+    Mirror,
+    MirrorSample,
+    NbdTarget,
+    add_nbd_target,
+    all_in_step,
+    cancel_mirrors,
+    clean_mirrors,
+    finish_mirrors,
+    make_write_blocking,
+    observe_mirrors,
+    set_mirror_speed,
+    start_mirror,
+)
+from vmferry.qemu.exports import export_disk, start_nbd_server, stop_exports
+from vmferry.qemu.layout import device_node
+from vmferry.qemu.monitor import yank_node
+from vmferry.storage.pool import DirectoryPool, ImageRequest
+
+_LOOK_EVERY_S = 0.1
+
+
+def pool_of(parts: HostParts, name: str) -> DirectoryPool:
+    """Raises Refused `pool-missing`."""
+    pool = parts.pools.get(name)
+    if pool is None:
+        known = ", ".join(sorted(parts.pools)) or "none"
+        raise Refused("pool-missing", f"{parts.name} has no pool {name!r} (it has: {known}).", "Choose one: --storage POOL.")
+    return pool
+
+
+# -- the target's images -------------------------------------------------------------------------------------------
+
+
+async def create_images(
+    parts: HostParts, spec: VmSpec, announce: Callable[[tuple[str, ...]], Awaitable[None]]
+) -> VmSpec:
+    """Empty images for every disk, of exactly its size; the spec with their paths.
+
+    `announce` journals the paths before the first one is made.
+    """
+    paths = [pool_of(parts, disk.pool).plan_path(spec.id, disk.name, disk.format) for disk in spec.disks]
+    await announce(tuple(str(path) for path in paths))
+    for disk, path in zip(spec.disks, paths, strict=True):
+        request = ImageRequest(spec.id, disk.name, disk.size_bytes, disk.format)
+        await pool_of(parts, disk.pool).create_image(request, path)
+    disks = tuple(replace(disk, path=str(path)) for disk, path in zip(spec.disks, paths, strict=True))
+    return replace(spec, disks=disks)
+
+
+async def remove_images(parts: HostParts, paths: Sequence[str]) -> None:
+    """Removes images by path; those that were never made are fine."""
+    for path in paths:
+        for pool in parts.pools.values():
+            if Path(path).is_relative_to(pool.path):
+                await pool.remove_image(Path(path))
+
+
+class TargetDisks:
+    """The target's exports, and its half of the proof."""
+
+    def __init__(self, parts: HostParts, guest: RunningGuest) -> None:
+        self._parts = parts
+        self._guest = guest
+        self._port = 0
+        self._readers: dict[str, DiskReader] = {}
+        self._serving = False
+
+    async def serve(self, *, provable: bool) -> int:
+        """Starts the NBD server with a writable export for each disk (and a read-only one if `provable`); its port."""
+        monitor = self._guest.monitor
+        self._port = await start_nbd_server(monitor, self._parts.address, TARGET_TLS.nbd(self._parts))
+        self._serving = True
+        for disk in self._guest.spec.disks:
+            await export_disk(monitor, device_node(disk.name), disk.name, writable=True)
+        if provable:
+            self._readers = await open_target_readers(self._parts, self._guest, self._port)
+        return self._port
+
+    async def digest(self, disk: str) -> str:
+        """Digests of the disk as it is now."""
+        return await self._readers[disk].digest()
+
+    async def redigest(self, disk: str, extents: tuple[int, ...]) -> str:
+        """Reads the extents (offset, length, ...) again; digests of the whole disk."""
+        return await self._readers[disk].redigest(extents)
+
+    async def stop_serving(self) -> None:
+        """Ends all exports; strictly before `cont`. Idempotent."""
+        if self._serving:
+            self._serving = False
+            await self.close_readers()
+            await stop_exports(self._guest.monitor)
+
+    async def close_readers(self) -> None:
+        """Ends the proof's connections."""
+        readers, self._readers = self._readers, {}
+        for reader in readers.values():
+            await reader.close()
+
+
+# -- the source's mirrors ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class DiskProgress:
+    """All mirrors together, in bytes of the guest's view (holes count, and pass quickly)."""
+
+    total_bytes: int
+    done_bytes: int
+
+
+class SourceDisks:
+    """The mirrors of one migration, and the source's half of the proof."""
+
+    def __init__(self, parts: HostParts, guest: RunningGuest, target_name: str, target_address: str, port: int) -> None:
+        self._parts = parts
+        self._guest = guest
+        self._target_name = target_name
+        self._target_address = target_address
+        self._port = port
+        self._mirrors: list[Mirror] = []
+        self._nodes: list[str] = []
+        self.readers: dict[str, DiskReader] = {}
+
+    @property
+    def failures(self) -> list[asyncio.Future[object]]:
+        """Futures that end with MirrorFailed when a copy breaks off."""
+        return [mirror.ended for mirror in self._mirrors]  # type: ignore[misc]
+
+    async def start(self, bytes_per_s: int) -> None:
+        """Connects to the target's exports and starts all mirrors. Raises QmpRefused, and what a broken TLS says."""
+        monitor = self._guest.monitor
+        share = bytes_per_s // max(1, len(self._guest.spec.disks))
+        for index, disk in enumerate(self._guest.spec.disks):
+            node = f"migrate{index}"
+            target = NbdTarget(
+                node=node,
+                host=self._target_address,
+                port=self._port,
+                export=disk.name,
+                tls_creds=SOURCE_TLS.creds(self._parts),
+                tls_hostname=stream_name(self._target_name),
+            )
+            await add_nbd_target(monitor, target)
+            self._nodes.append(node)
+            self._mirrors.append(await start_mirror(monitor, device_node(disk.name), node, f"mirror{index}", share))
+
+    async def copy(self, report: Callable[[DiskProgress], None], stall_s: float) -> None:
+        """Until all targets have caught up and guest writes go to both. Raises MirrorFailed, Failed `disk-stalled`."""
+        monitor = self._guest.monitor
+        moved_at, last = time.monotonic(), -1
+        ready = asyncio.gather(*(mirror.ready for mirror in self._mirrors))
+        try:
+            while not ready.done():
+                samples = await observe_mirrors(monitor)
+                progress = _progress(samples)
+                report(progress)
+                if progress.done_bytes != last:
+                    moved_at, last = time.monotonic(), progress.done_bytes
+                elif time.monotonic() - moved_at > stall_s:
+                    raise Failed(
+                        "disk-stalled",
+                        f"No byte of the disks got to {self._target_name} for {stall_s:g} s.",
+                        "Look at the migration network and at the target's pool.",
+                    )
+                await asyncio.wait([ready], timeout=_LOOK_EVERY_S)
+            await ready
+        finally:
+            ready.cancel()
+        await make_write_blocking(monitor, self._mirrors, stall_s)
+        report(_progress(await observe_mirrors(monitor)))
+
+    async def in_step(self) -> bool:
+        """Whether every write is on both sides now."""
+        return await all_in_step(self._guest.monitor, self._mirrors)
+
+    async def set_speed(self, bytes_per_s: int) -> None:
+        """Shares a limit among the mirrors; 0: none."""
+        for mirror in self._mirrors:
+            await set_mirror_speed(self._guest.monitor, mirror, bytes_per_s // len(self._mirrors))
+
+    async def open_proof(self) -> None:
+        """Starts recording writes and opens the source's readers."""
+        self.readers = await open_source_readers(self._parts, self._guest)
+
+    async def finish(self) -> None:
+        """The guest is stopped: every target is an exact copy when this returns. Raises MirrorFailed."""
+        await finish_mirrors(self._guest.monitor, self._mirrors)
+
+    async def clean(self) -> None:
+        """After the handoff: connections of the proof are closed (QEMU itself goes)."""
+        for mirror in self._mirrors:
+            mirror.forget()
+        for reader in self.readers.values():
+            await reader.close()
+
+    async def cancel(self) -> None:
+        """Rollback: mirrors, target nodes, recordings and the proof's exports are gone, the guest is not touched."""
+        for reader in self.readers.values():
+            await reader.close()
+        self.readers = {}
+        # A target that hangs would hang us: its connections are cut first.
+        if self._mirrors:
+            await self._guest.process.yank.yank([yank_node(mirror.target_node) for mirror in self._mirrors])
+        mirrors, self._mirrors = self._mirrors, []
+        await cancel_mirrors(self._guest.monitor, mirrors)
+
+    async def clean_finished(self) -> None:
+        """Removes ended jobs and their nodes from a guest that stays."""
+        await clean_mirrors(self._guest.monitor, self._mirrors)
+
+
+def _progress(samples: Sequence[MirrorSample]) -> DiskProgress:
+    return DiskProgress(sum(s.length for s in samples), sum(min(s.offset, s.length) for s in samples))
+
+
+def disk_named(spec: VmSpec, name: str) -> Disk:
+    """The disk of that name."""
+    return next(disk for disk in spec.disks if disk.name == name)

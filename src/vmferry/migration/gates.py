@@ -1,0 +1,162 @@
+"""The gates of all of a VM's NICs as one: closed, drained, opened together. See `vmferry.network.gate`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import time
+from collections.abc import Sequence
+
+from vmferry.migration.host_parts import HostParts
+from vmferry.network.announce import announce_rounds
+from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpec, remove_leftovers
+from vmferry.network.ports import Port
+
+_QUIET_S = 1.0
+_LOOK_EVERY_S = 0.2
+_SETTLE_MS = 4.0
+
+
+def gate_vni(migration_id: str) -> int:
+    """The tunnel's network identifier of a migration (24 bits); NICs add their number. Both sides derive it."""
+    return int.from_bytes(hashlib.sha256(migration_id.encode()).digest()[:3]) & 0xFFFFF0
+
+
+def _specs(parts: HostParts, migration_id: str, mtus: Sequence[int], local: str, remote: str) -> list[TunnelSpec]:
+    vni = gate_vni(migration_id)
+    return [
+        TunnelSpec(migration_id, index, local, remote, vni + index, parts.gate_port, mtu)
+        for index, mtu in enumerate(mtus)
+    ]
+
+
+def _uplinks(parts: HostParts, device: str) -> tuple[str, ...]:
+    return next((switch.uplinks for switch in parts.switches.values() if switch.device == device), ())
+
+
+async def remove_gate_leftovers(parts: HostParts, alive: Sequence[str]) -> None:
+    """Removes tunnels and redirects of migrations that are not in `alive`."""
+    await remove_leftovers(parts.netlink, alive)
+
+
+class SourceGates:
+    """The source's gates of one migration."""
+
+    def __init__(
+        self, parts: HostParts, migration_id: str, ports: Sequence[Port], mtus: Sequence[int], local: str, remote: str
+    ) -> None:
+        self._gates = [
+            SourceGate(parts.netlink, port, spec, _uplinks(parts, port.switch))
+            for port, spec in zip(ports, _specs(parts, migration_id, mtus, local, remote), strict=True)
+        ]
+
+    @property
+    def closed(self) -> bool:
+        """Whether frames are led to the target."""
+        return any(gate.closed for gate in self._gates)
+
+    async def prepare(self) -> None:
+        """Everything that `close` needs."""
+        for gate in self._gates:
+            await gate.prepare()
+
+    def close(self) -> None:
+        """From now on frames for the VM go to the target. No await."""
+        for gate in self._gates:
+            gate.close()
+
+    async def settle(self) -> None:
+        """Gives the running guest a few milliseconds to empty its rings."""
+        for gate in self._gates:
+            await gate.settle(_SETTLE_MS)
+
+    def drain(self) -> int:
+        """Sends on what is left in the old rings; the guest is stopped."""
+        return sum(gate.drain() for gate in self._gates)
+
+    def reclaim(self) -> None:
+        """Rollback, first step."""
+        for gate in self._gates:
+            gate.reclaim()
+
+    async def reopen(self, returned: int | None) -> None:
+        """Rollback, last step: the port gets its frames again, first those that came back."""
+        for gate in self._gates:
+            await gate.reopen(returned if len(self._gates) == 1 else None)
+
+    async def traffic(self) -> GateCounters:
+        """What all gates have passed on so far."""
+        counters = [await gate.traffic() for gate in self._gates]
+        return GateCounters(
+            frames=sum(c.frames for c in counters),
+            bytes=sum(c.bytes for c in counters),
+            others=sum(c.others for c in counters),
+            dropped=sum(c.dropped for c in counters),
+        )
+
+    async def forward_until_quiet(self, limit_s: float) -> GateCounters:
+        """Waits until no unicast frame for the VM has come here for a second, at most `limit_s`; the last counters."""
+        until = time.monotonic() + limit_s
+        counters = await self.traffic()
+        quiet_since = time.monotonic()
+        while (now := time.monotonic()) < until and now - quiet_since < _QUIET_S:
+            await asyncio.sleep(_LOOK_EVERY_S)
+            fresh = await self.traffic()
+            if fresh.frames != counters.frames:
+                quiet_since = time.monotonic()
+            counters = fresh
+        return counters
+
+    async def release(self) -> None:
+        """Ends it."""
+        for gate in self._gates:
+            await gate.release()
+
+
+class TargetGates:
+    """The target's gates of one migration."""
+
+    def __init__(
+        self, parts: HostParts, migration_id: str, ports: Sequence[Port], mtus: Sequence[int], remote: str
+    ) -> None:
+        self._gates = [
+            TargetGate(parts.netlink, port, spec, _uplinks(parts, port.switch))
+            for port, spec in zip(ports, _specs(parts, migration_id, mtus, parts.address, remote), strict=True)
+        ]
+        self._rounds: list[asyncio.Task[int]] = []
+        self._held = 0
+
+    async def prepare(self) -> None:
+        """Tunnel, deaf port, everything that `plug` needs."""
+        for gate in self._gates:
+            await gate.prepare()
+
+    def plug(self) -> None:
+        """The switch leads the VM's frames to the new port. No await."""
+        for gate in self._gates:
+            gate.plug()
+
+    def announce(self) -> None:
+        """After RESUME: the port takes part in its switch; the network is told now and again later."""
+        for gate in self._gates:
+            self._held += gate.held()
+            gate.announce()
+            self._rounds.append(asyncio.create_task(announce_rounds(gate.announcer)))
+
+    async def counters(self) -> tuple[int, int]:
+        """Frames that waited for the guest, and frames dropped on this host."""
+        dropped = sum([(await gate.traffic()).dropped for gate in self._gates])
+        return self._held, dropped
+
+    async def return_frames(self) -> int:
+        """Rollback: every frame that was put into the new ports goes back."""
+        return sum([await gate.return_frames() for gate in self._gates])
+
+    async def release(self) -> None:
+        """Ends it, announcements included."""
+        for task in self._rounds:
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        for gate in self._gates:
+            await gate.release()

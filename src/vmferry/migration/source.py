@@ -1,0 +1,383 @@
+"""The source's side of one migration: it drives (design.md, section 3). The target obeys, a manager only watches.
+
+Until the handoff is written, every failure, cancel or lost link ends in `_undo`: the guest runs here as before. After
+it, there is only forward, or back once the target has proven that it refused (`settle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+
+from vmferry.migration.boot_transfer import send_boot_files
+from vmferry.migration.convergence import Goal
+from vmferry.migration.disks import DiskProgress, SourceDisks
+from vmferry.migration.gates import SourceGates
+from vmferry.migration.guest import RunningGuest
+from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.link import PeerLink
+from vmferry.migration.memory import MemoryCopy
+from vmferry.migration.messages import (
+    Abort,
+    Answer,
+    Done,
+    FramesReturned,
+    Inquire,
+    Prepare,
+    Prepared,
+    ReturnFrames,
+    StartGuest,
+    Take,
+    Taken,
+)
+from vmferry.migration.records import MigrationRecord, RecordState
+from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls, stream_name
+from vmferry.migration.switchover import Switchover
+from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
+from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Verify
+from vmferry.qemu.memory_image import MemoryReader
+from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source
+from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
+
+_QMP_PATIENCE_S = 2.0
+
+
+@dataclass(slots=True)
+class Measured:
+    """What the receipt needs of what was measured on the way."""
+
+    switchover: Switchover | None = None
+    taken: Taken | None = None
+    blackout_ms: float = 0.0
+    memory_bytes: int = 0
+    disk_bytes: int = 0
+    rounds: int = 0
+    handoff_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class SourceEvents:
+    """Whom the engine tells."""
+
+    phase: Callable[[Phase], None]
+    progress: Callable[[Progress], None]
+
+
+@dataclass(slots=True)
+class SourceMigration:
+    """One outgoing migration of a guest that `host.migrations` has claimed and journalled as active."""
+
+    parts: HostParts
+    guest: RunningGuest
+    link: PeerLink
+    record: MigrationRecord
+    options: MigrateOptions
+    events: SourceEvents
+    connect: Callable[[], Awaitable[PeerLink]]
+    was_running: bool = True
+    measured: Measured = field(default_factory=Measured)
+    progress: Progress = field(default_factory=Progress)
+    _gates: SourceGates | None = None
+    _disks: SourceDisks | None = None
+    _memory: MemoryCopy | None = None
+    _reader: MemoryReader | None = None
+    _committed: bool = False
+
+    @property
+    def committed(self) -> bool:
+        """Whether the handoff was (or is being) written: nothing can be cancelled any more."""
+        return self._committed
+
+    async def move(self) -> None:
+        """Prepare, copy, switch over, hand off. Returns once the target has taken the VM.
+
+        Raises what went wrong, after everything was undone and the guest runs here; raises OutcomeUnknown when the
+        handoff was written and the target does not say what it did: then `settle` goes on.
+        """
+        try:
+            prepared = await self._prepare()
+            await self._copy_and_switch(prepared)
+        except BaseException:
+            if not self._committed:
+                await asyncio.shield(asyncio.ensure_future(self._undo()))
+            raise
+        await self._hand_off()
+
+    # -- prepare and copy --------------------------------------------------------------------------------------------
+
+    async def _prepare(self) -> Prepared:
+        self.events.phase(Phase.PREPARE)
+        record, limits = self.record, self.parts.limits
+        request = Prepare(
+            migration_id=record.id,
+            spec=self.guest.spec,
+            options=self.options,
+            source=self.parts.name,
+            source_address=self.parts.address,
+            generation=record.generation,
+        )
+        reserved = await self.link.call(request, Prepared, limits.prepare_s)
+        await send_boot_files(self.parts, self.link, record, reserved.boot_files)
+        prepared = await self.link.call(StartGuest(record.id), Prepared, limits.prepare_s)
+        await add_source_tls(self.parts, self.guest.monitor)
+        return prepared
+
+    async def _copy_and_switch(self, prepared: Prepared) -> None:
+        peer_address = getattr(self.link, "peer_address", "")
+        self._disks = SourceDisks(self.parts, self.guest, self.link.peer, peer_address, prepared.disk_port)
+        mtus = [nic.mtu for nic in self.guest.spec.nics]
+        self._gates = SourceGates(
+            self.parts, self.record.id, self.guest.ports, mtus, self.parts.address, peer_address
+        )
+        await self._gates.prepare()
+        self._memory = MemoryCopy(self.guest, self._goal(), self._report)
+        if self.options.verify is Verify.ALL:
+            self._reader = await asyncio.to_thread(_map_memory, self.guest)
+        self.events.phase(Phase.COPY)
+        async with self._watched():
+            await self._copy_disks()
+            await self._copy_memory(prepared, peer_address)
+
+    def _goal(self) -> Goal:
+        return Goal(
+            max_blackout_ms=self.options.max_blackout_ms,
+            max_slowdown_percent=self.options.max_slowdown_percent,
+            allow_post_copy=self.options.post_copy is PostCopy.ALLOW,
+            deadline_ms=self.options.deadline_ms,
+        )
+
+    async def _copy_disks(self) -> None:
+        disks = self._require(self._disks)
+        if not self.guest.spec.disks:
+            return
+        await disks.start(self.options.bandwidth_bps // 8)
+        await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
+
+    async def _copy_memory(self, prepared: Prepared, peer_address: str) -> None:
+        monitor, memory = self.guest.monitor, self._require(self._memory)
+        switchover = self._arm_switchover()
+        proof: asyncio.Task[None] | None = None
+        try:
+            settings = StreamSettings(
+                postcopy=self.options.post_copy is PostCopy.ALLOW,
+                auto_converge=False,
+                tls_creds=SOURCE_TLS.creds(self.parts),
+                tls_hostname=stream_name(self.link.peer) if self.parts.stream_dir else "",
+                max_bandwidth=self.options.bandwidth_bps // 8,
+            )
+            await prepare_source(monitor, settings)
+            if switchover.verify_disks:
+                disks = self._require(self._disks)
+                await disks.open_proof()
+                proof = asyncio.create_task(disks.prove(self.link, self.record.id))
+            await memory.start(peer_address, prepared.memory_port, self.parts.limits.memory_stall_s)
+            await memory.converge(switchover, proof)
+            self.events.phase(Phase.SWITCHOVER)
+            await memory.switch(switchover, proof)
+            self._keep_measures(switchover)
+        finally:
+            if proof is not None:
+                proof.cancel()
+                await asyncio.gather(proof, return_exceptions=True)
+            switchover.disarm()
+
+    def _arm_switchover(self) -> Switchover:
+        switchover = Switchover(
+            guest=self.guest,
+            link=self.link,
+            migration_id=self.record.id,
+            gates=self._require(self._gates),
+            disks=self._require(self._disks),
+            verify_memory=self._reader,
+            verify_disks=self.options.verify is not Verify.NONE and bool(self.guest.spec.disks),
+            limit_s=self.parts.limits.switchover_s,
+        )
+        switchover.arm()
+        self.measured.switchover = switchover
+        return switchover
+
+    def _keep_measures(self, switchover: Switchover) -> None:
+        memory = self._require(self._memory)
+        self.measured.memory_bytes = memory.sent_bytes
+        self.measured.rounds = memory.rounds
+
+    # -- handoff -----------------------------------------------------------------------------------------------------
+
+    async def _hand_off(self) -> None:
+        """Writes the handoff, then tells the target. From here on nothing is undone by an exception."""
+        switchover = self._require(self.measured.switchover)
+        self._committed = True
+        # Shielded: a daemon that is asked to stop in this moment must not leave the record half-told.
+        await asyncio.shield(asyncio.ensure_future(self._write_and_tell(switchover)))
+
+    async def _write_and_tell(self, switchover: Switchover) -> None:
+        timeline = switchover.timeline
+        try:
+            self.record = await self.parts.journal.move(self.record, RecordState.HANDED_OVER)
+        except BaseException:
+            self._committed = False
+            await self._undo()
+            raise
+        timeline.mark("handoff written")
+        taken = await self.link.call(
+            Take(self.record.id, self.record.generation, self.was_running), Taken, self.parts.limits.switchover_s
+        )
+        now = time.monotonic_ns()
+        resumed = now - int((taken.resumed_ago_ms + self.link.rtt_ms / 2) * 1e6)
+        timeline.mark("target took it", resumed - int(taken.cont_ms * 1e6))
+        timeline.mark("target runs", resumed)
+        self.measured.taken = taken
+        self.measured.blackout_ms = (resumed - timeline.stop_ns) / 1e6
+        self.measured.handoff_at = time.time()
+        self.events.phase(Phase.HANDOFF)
+
+    async def settle(self) -> Decision:
+        """Once: asks the target what it did, and does what follows. The decision says whether it is settled.
+
+        FINISH: the target has it. TAKE_BACK: it refused for good, and the guest runs here again. WAIT: ask later.
+        """
+        says = await self._ask(refuse=False)
+        decision = decide_source(self.record.state, says, self.guest.process.running)
+        if decision.act is Act.ASK_REFUSAL:
+            says = await self._ask(refuse=True)
+            decision = decide_source(self.record.state, says, self.guest.process.running)
+        if decision.act is Act.TAKE_BACK:
+            self.record = await self.parts.journal.move(self.record, RecordState.ENDED)
+            await self._undo()
+        return decision
+
+    async def _ask(self, refuse: bool) -> PeerSays:
+        record = self.record
+        try:
+            link = await self.connect()
+        except VmferryError:
+            return PeerSays.UNREACHABLE
+        try:
+            question = Inquire(record.id, record.vm_id, record.generation, refuse)
+            return (await link.call(question, Answer, self.parts.limits.request_s)).says
+        except VmferryError:
+            return PeerSays.UNREACHABLE
+        finally:
+            await link.close()
+
+    # -- undoing -----------------------------------------------------------------------------------------------------
+
+    async def _undo(self) -> None:
+        """The guest runs here as before the migration, and nothing of it is left here. Accepts any half-done state.
+
+        The guest comes first; what the target has to remove it removes when it is told, or notices by itself.
+        """
+        if self.guest.process.running:
+            await self._stop_stream()
+            if self._disks is not None:
+                await self._disks.cancel()
+            await self._let_run()
+        told = asyncio.ensure_future(self._return_frames_and_abort())
+        await told
+        if self._gates is not None:
+            await self._gates.release()
+        if self.guest.process.running:
+            await remove_tls(self.guest.monitor, SOURCE_TLS)
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.close)
+            self._reader = None
+
+    async def _stop_stream(self) -> None:
+        monitor = self.guest.monitor
+        try:
+            async with asyncio.timeout(_QMP_PATIENCE_S):
+                await cancel(monitor)
+                await self._stream_ended()
+        except (TimeoutError, OutcomeUnknown):
+            # QEMU hangs on a peer that does not read: only cutting the connection frees it (qemu-notes, 0.10).
+            with contextlib.suppress(QmpRefused):  # it is over already
+                await self.guest.process.yank.yank([YANK_MIGRATION])
+            async with asyncio.timeout(self.parts.limits.request_s):
+                await self._stream_ended()
+
+    async def _stream_ended(self) -> None:
+        while True:
+            status = (await self.guest.monitor.execute("query-migrate")).get("status", "none")
+            if status in ("none", "cancelled", "failed", "completed"):
+                return
+            await asyncio.sleep(0.01)  # QEMU ends it in the background; it has no event for "none"
+
+    async def _let_run(self) -> None:
+        if not self.was_running:
+            return
+        status = (await self.guest.monitor.execute("query-status"))["status"]
+        if status != "running":
+            await self.guest.monitor.execute("cont")
+
+    async def _return_frames_and_abort(self) -> None:
+        returned: int | None = None
+        gates = self._gates
+        try:
+            if gates is not None and gates.closed:
+                gates.reclaim()
+                returned = (await self.link.call(ReturnFrames(self.record.id), FramesReturned, 2.0)).frames
+        except VmferryError:
+            returned = None
+        if gates is not None and gates.closed:
+            await gates.reopen(returned)
+        with contextlib.suppress(VmferryError):  # a target that does not hear it asks us, and finds out
+            await self.link.call(Abort(self.record.id, "the migration failed"), Done, self.parts.limits.request_s)
+
+    # -- watching ----------------------------------------------------------------------------------------------------
+
+    @contextlib.asynccontextmanager
+    async def _watched(self) -> AsyncIterator[None]:
+        """While the block runs: the guest's end, a broken copy or a lost link ends it with that error."""
+        body = asyncio.current_task()
+        assert body is not None
+        cause: list[VmferryError] = []
+
+        async def watch(waiting: Awaitable[VmferryError]) -> None:
+            cause.append(await waiting)
+            body.cancel()
+
+        watchers = [asyncio.create_task(watch(self._guest_ended())), asyncio.create_task(watch(self._link_lost()))]
+        watchers.append(asyncio.create_task(watch(self._mirror_broken())))
+        try:
+            yield
+        except asyncio.CancelledError:
+            if cause:
+                body.uncancel()
+                raise cause[0] from None
+            raise
+        finally:
+            for watcher in watchers:
+                watcher.cancel()
+            await asyncio.gather(*watchers, return_exceptions=True)
+
+    async def _guest_ended(self) -> VmferryError:
+        await self.guest.process.exited()
+        return Failed("guest-ended", "The guest ended by itself on the source.", "Start it, then migrate again.")
+
+    async def _link_lost(self) -> VmferryError:
+        return await self.link.wait_lost()
+
+    async def _mirror_broken(self) -> VmferryError:
+        while True:
+            await asyncio.sleep(0.2)
+            for future in self._disks.failures if self._disks else ():
+                if future.done() and not future.cancelled() and isinstance(error := future.exception(), VmferryError):
+                    return error
+
+    def _report_disks(self, progress: DiskProgress) -> None:
+        self._report(disk_total_bytes=progress.total_bytes, disk_done_bytes=progress.done_bytes)
+
+    def _report(self, **changes: object) -> None:
+        import dataclasses
+
+        self.progress = dataclasses.replace(self.progress, **changes)  # type: ignore[arg-type]
+        self.events.progress(self.progress)
+
+    def _require[T](self, part: T | None) -> T:
+        if part is None:
+            raise Conflict("not-prepared", "The migration is not prepared.", "")
+        return part

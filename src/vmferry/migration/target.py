@@ -1,0 +1,359 @@
+"""The target's side of one migration: reserve, receive, take or refuse. It obeys the source's requests.
+
+Everything that it makes is in the journal first (`Reserved`), so that `clear_reserved` finds it after a crash. The VM
+is this host's only after `take` has written so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import shutil
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vmferry.migration.disks import TargetDisks, create_images, remove_images
+from vmferry.migration.gates import TargetGates, gate_vni
+from vmferry.migration.guest import RunningGuest, boot_files, build_guest, create_ports, dismantle, remove_ports
+from vmferry.migration.handoff import GuestSeen
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.messages import (
+    AwaitLoaded,
+    DiskDigested,
+    FramesReturned,
+    Loaded,
+    Prepare,
+    Prepared,
+    PutBootFile,
+    RunningSeen,
+    Take,
+    Taken,
+)
+from vmferry.migration.placement import place
+from vmferry.migration.records import MigrationRecord, RecordState, Reserved
+from vmferry.migration.streams import TARGET_TLS, add_target_tls
+from vmferry.model.errors import Conflict, Failed, VmferryError, WrongInput
+from vmferry.model.migration import PostCopy, Role, Verify
+from vmferry.model.names import require_name
+from vmferry.network.ports import Port
+from vmferry.qemu.liveness import wait_vcpus_advance
+from vmferry.qemu.memory_image import MemoryReader
+from vmferry.qemu.memory_stream import StreamSettings, expect_status, observe_migration, prepare_incoming
+from vmferry.storage.boot_files import store_boot_data
+
+_ALIVE_WITHIN_S = 10.0
+_WANTED = {True: "running", False: "paused"}
+
+
+@dataclass(frozen=True, slots=True)
+class TargetHooks:
+    """What the host does when the VM has become its own."""
+
+    on_taken: Callable[[MigrationRecord, RunningGuest, bool], Awaitable[None]]
+
+
+class TargetMigration:
+    """One incoming migration in memory; its record is the durable part."""
+
+    def __init__(self, parts: HostParts, hooks: TargetHooks, request: Prepare, record: MigrationRecord) -> None:
+        self._parts = parts
+        self._hooks = hooks
+        self._request = request
+        self.record = record
+        self.guest: RunningGuest | None = None
+        self._ports: list[Port] = []
+        self._gates: TargetGates | None = None
+        self._disks: TargetDisks | None = None
+        self._memory: MemoryReader | None = None
+        self._loaded = False
+        self._taken: Taken | None = None
+        self._taken_at = 0.0
+        self._ending = asyncio.Lock()
+        self._progress_at = time.monotonic()
+
+    # -- prepare -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    async def reserve(cls, parts: HostParts, hooks: TargetHooks, request: Prepare, source: str) -> TargetMigration:
+        """Journals the intent and makes images and ports. On failure everything is removed again, and refused."""
+        spec = place(request.spec, request.options, request.generation)
+        for boot_file in boot_files(spec):
+            _require_file_name(boot_file)
+        require_name(spec.name, "VM")
+        record = MigrationRecord(
+            id=request.migration_id,
+            role=Role.TARGET,
+            vm_id=spec.id,
+            vm_name=spec.name,
+            peer=source,
+            generation=request.generation,
+            state=RecordState.ACTIVE,
+            spec=spec,
+            reserved=Reserved(
+                run_dir=str(parts.guest_dir(spec.id)), vm_dir=str(parts.vm_dir(spec.id)), gate_id=request.migration_id
+            ),
+        )
+        await parts.journal.begin_migration(record)
+        migration = cls(parts, hooks, request, record)
+        try:
+            await migration._make()
+        except BaseException:
+            await asyncio.shield(migration.refuse())
+            raise
+        return migration
+
+    async def _make(self) -> None:
+        spec = self.record.spec
+
+        async def announce(paths: tuple[str, ...]) -> None:
+            reserved = replace(self.record.reserved, images=paths)
+            self.record = replace(self.record, reserved=reserved)
+            await self._parts.journal.update_migration(self.record)
+
+        spec = await create_images(self._parts, spec, announce)
+        self.record = replace(self.record, spec=spec)
+        await self._parts.journal.update_migration(self.record)
+        self._ports = await create_ports(self._parts, spec, plugged=False)
+
+    def missing_boot_files(self) -> tuple[str, ...]:
+        """Names of the boot files that this host has not got; the source sends them."""
+        directory = self._parts.vm_dir(self.record.vm_id)
+        return tuple(name for name in boot_files(self.record.spec) if not (directory / name).exists())
+
+    async def put_boot_file(self, request: PutBootFile) -> None:
+        """Writes a part of a boot file. Raises WrongInput when it is none of this VM's or its digest is wrong."""
+        if request.name not in boot_files(self.record.spec):
+            raise WrongInput("unknown-boot-file", f"{request.name[:80]!r} is no boot file of this VM.", "")
+        try:
+            data = base64.b64decode(request.data, validate=True)
+        except binascii.Error as error:
+            raise WrongInput("bad-data", "A part of a boot file is no base64.", "") from error
+        directory = self._parts.vm_dir(self.record.vm_id)
+        part = directory / f".{request.name}.{self.record.id}.part"
+        await asyncio.to_thread(_append, part, request.offset, data)
+        if request.last:
+            await store_boot_data(directory, request.name, await asyncio.to_thread(part.read_bytes))
+            await asyncio.to_thread(part.unlink)
+
+    async def start(self) -> Prepared:
+        """Starts the waiting QEMU with its streams open and its gates ready. On failure everything is removed again."""
+        try:
+            return await self._start()
+        except BaseException:
+            await asyncio.shield(self.refuse())
+            raise
+
+    async def _start(self) -> Prepared:
+        spec, options = self.record.spec, self._request.options
+        ports, self._ports = self._ports, []
+        try:
+            self.guest = await build_guest(self._parts, spec, ports, incoming=True)
+        except BaseException:
+            self._ports = ports
+            raise
+        monitor = self.guest.monitor
+        await add_target_tls(self._parts, monitor, self.record.peer)
+        self._disks = TargetDisks(self._parts, self.guest)
+        disk_port = await self._disks.serve()
+        settings = StreamSettings(
+            postcopy=options.post_copy is PostCopy.ALLOW,
+            tls_creds=TARGET_TLS.creds(self._parts),
+            tls_authz=TARGET_TLS.authz(self._parts),
+            validate_uuid=True,
+        )
+        memory_port = await prepare_incoming(monitor, self._parts.address, settings)
+        mtus = [nic.mtu for nic in spec.nics]
+        self._gates = TargetGates(self._parts, self.record.id, self.guest.ports, mtus, self._request.source_address)
+        await self._gates.prepare()
+        if options.verify is Verify.ALL:
+            self._memory = await asyncio.to_thread(_map_memory, self.guest)
+        return Prepared(spec, memory_port, disk_port, (), gate_vni(self.record.id))
+
+    # -- copy and switchover -----------------------------------------------------------------------------------------
+
+    async def digest_disk(self, disk: str) -> DiskDigested:
+        """Digests this host's copy as it is now."""
+        return DiskDigested(await self._require_disks().digest(disk))
+
+    async def redigest_disk(self, disk: str, extents: tuple[int, ...]) -> DiskDigested:
+        """Reads the extents again; the digests are those of the whole disk."""
+        return DiskDigested(await self._require_disks().redigest(disk, extents))
+
+    def plug(self) -> None:
+        """The ports are in their switches and the tables point to them; frames wait in the new ports."""
+        if self._gates is not None:
+            self._gates.plug()
+
+    async def await_loaded(self, request: AwaitLoaded) -> Loaded:
+        """Waits until QEMU has all of the guest's state; then closes the disk exports and digests memory if asked."""
+        guest = self._require_guest()
+        done = expect_status(guest.monitor, "completed", "failed")
+        try:
+            sample = await observe_migration(guest.monitor)
+            status = sample.status if sample.ended else str((await done).data["status"])
+        finally:
+            done.cancel()
+        if status != "completed":
+            sample = await observe_migration(guest.monitor)
+            return Loaded(problem=sample.error_desc or " / ".join(guest.process.log_tail(3)) or "QEMU does not say why")
+        await self._require_disks().stop_serving()
+        self._loaded = True
+        if not request.memory_digest or self._memory is None:
+            return Loaded("")
+        started = time.monotonic()
+        digest = await self._memory.digest()
+        return Loaded("", digest.hex, (time.monotonic() - started) * 1000)
+
+    async def take(self, request: Take) -> Taken:
+        """Writes "mine", then runs the guest. Idempotent: a second call answers as the first did.
+
+        Not to be cancelled in the middle: the caller shields it. Raises Conflict `not-loaded`, `state-changed`.
+        """
+        async with self._ending:
+            if self._taken is not None:
+                return replace(self._taken, resumed_ago_ms=(time.monotonic() - self._taken_at) * 1000)
+            guest = self._require_guest()
+            if not self._loaded or request.generation != self.record.generation:
+                raise Conflict("not-loaded", "The guest's state is not complete on the target.", "Nothing was taken.")
+            started = time.monotonic()
+            self.record = await self._parts.journal.move(self.record, RecordState.TAKEN, wanted=_WANTED[request.run])
+            written = time.monotonic()
+            resumed_at = await self._run(guest) if request.run else written
+            self._taken_at = resumed_at
+            self._taken = Taken(
+                resumed_ago_ms=(time.monotonic() - resumed_at) * 1000,
+                journal_ms=(written - started) * 1000,
+                cont_ms=(resumed_at - written) * 1000,
+            )
+            return self._taken
+
+    async def _run(self, guest: RunningGuest) -> float:
+        resumed = guest.monitor.expect("RESUME")
+        try:
+            await guest.monitor.execute("cont")
+            return (await resumed).received_ns / 1e9
+        finally:
+            resumed.cancel()
+
+    async def settle_in(self, run: bool) -> None:
+        """After the take, out of the blackout: announce, hand the guest to the host's registry."""
+        guest = self._require_guest()
+        if self._gates is not None:
+            self._gates.announce()
+        identity = guest.process.identity
+        await self._parts.journal.set_process(self.record.vm_id, identity.pid, identity.start_time_ticks)
+        await self._hooks.on_taken(self.record, guest, run)
+
+    async def ask_running(self) -> RunningSeen:
+        """Whether the guest's vCPUs were seen to advance since the take, and what the new ports counted."""
+        guest = self._require_guest()
+        running = await wait_vcpus_advance(guest.process, guest.monitor, _ALIVE_WITHIN_S)
+        held, dropped = (await self._gates.counters()) if self._gates else (0, 0)
+        return RunningSeen(running, held, dropped, None)
+
+    async def return_frames(self) -> FramesReturned:
+        """Rollback: what waits in the new ports goes back to the source."""
+        return FramesReturned(await self._gates.return_frames() if self._gates else 0)
+
+    # -- the end -----------------------------------------------------------------------------------------------------
+
+    async def refuse(self) -> None:
+        """Writes that this host will not take the VM, then removes everything. Idempotent.
+
+        Raises Conflict `taken` when it has taken it.
+        """
+        async with self._ending:
+            if self.record.state is RecordState.TAKEN or self._taken is not None:
+                raise Conflict("taken", f"{self._parts.name} has taken the VM.", "It runs there now.")
+            if self.record.state is RecordState.ACTIVE:
+                self.record = await self._parts.journal.move(self.record, RecordState.REFUSED)
+            if self.record.state is RecordState.REFUSED:
+                await self._clear()
+                self.record = await self._parts.journal.move(self.record, RecordState.ENDED)
+
+    async def _clear(self) -> None:
+        if self._memory is not None:
+            await asyncio.to_thread(self._memory.close)
+            self._memory = None
+        if self._gates is not None:
+            await self._gates.release()
+        if self.guest is not None:
+            await dismantle(self._parts, self.guest)
+            self.guest = None
+        await remove_ports(self._parts, self._ports)
+        await clear_reserved(self._parts, self.record)
+
+    async def finish(self, receipt: dict[str, object]) -> None:
+        """The source has finished: release what only the migration needed, keep the receipt. Idempotent."""
+        async with self._ending:
+            if self.record.state is not RecordState.TAKEN:
+                return
+            if self._memory is not None:
+                await asyncio.to_thread(self._memory.close)
+                self._memory = None
+            if self._gates is not None:
+                await self._gates.release()
+            if receipt:
+                await self._parts.journal.save_document(self.record.id, "receipt", receipt)
+            self.record = await self._parts.journal.move(self.record, RecordState.ENDED)
+
+    def seen(self) -> GuestSeen:
+        """What this host sees of the guest, for the decision after an interruption."""
+        if self.guest is None or not self.guest.process.running:
+            return GuestSeen.GONE
+        if self._taken is not None:
+            return GuestSeen.RUNNING
+        return GuestSeen.LOADED if self._loaded else GuestSeen.INCOMING
+
+    def _require_guest(self) -> RunningGuest:
+        if self.guest is None or not self.guest.process.running:
+            raise Failed("target-guest-gone", f"The guest's QEMU on {self._parts.name} is gone.", "See its log there.")
+        return self.guest
+
+    def _require_disks(self) -> TargetDisks:
+        self._require_guest()
+        if self._disks is None:
+            raise Conflict("not-prepared", "The target is not prepared.", "")
+        return self._disks
+
+
+async def clear_reserved(parts: HostParts, record: MigrationRecord) -> None:
+    """Removes what a migration made on its target, from its record alone. Accepts that it is gone or half there."""
+    await remove_images(parts, record.reserved.images)
+    # (tunnels and redirects are found by what is not alive: the host's sweep removes them)
+    for directory in (record.reserved.run_dir, record.reserved.vm_dir):
+        if directory:
+            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+
+
+def problem_of(error: BaseException) -> str:
+    """The sentence of an error for the other side."""
+    return error.message if isinstance(error, VmferryError) else type(error).__name__
+
+
+def _map_memory(guest: RunningGuest) -> MemoryReader:
+    import os
+
+    fd = guest.process.open_memory(guest.spec.memory_bytes)
+    try:
+        return MemoryReader(fd, guest.spec.memory_bytes)
+    finally:
+        os.close(fd)
+
+
+def _require_file_name(name: str) -> None:
+    if "/" in name or name.startswith(".") or not name:
+        raise WrongInput("bad-boot-file", f"{name[:80]!r} is no name of a boot file.", "")
+
+
+def _append(path: Path, offset: int, data: bytes) -> None:
+    try:
+        path.parent.mkdir(mode=0o711, parents=True, exist_ok=True)
+        with path.open("r+b" if offset else "wb") as file:
+            file.seek(offset)
+            file.write(data)
+    except OSError as error:
+        raise Failed("boot-file", f"{path.name} cannot be written: {error}.", "Is there room in state_dir?") from error
