@@ -28,36 +28,24 @@ class Direction(StrEnum):
 
 
 _TABLE = "vmferry_lab_faults"
+# On the switch's port the host's outgoing frames arrive, its incoming ones leave.
+_HOOKS = {"ingress": (Direction.OUT, Direction.BOTH), "egress": (Direction.IN, Direction.BOTH)}
 
 
 def cut_link(host: HostLayout, link: Link = Link.MIGRATION, direction: Direction = Direction.BOTH) -> None:
     """Drops every frame silently from now on: no carrier change, no error to anybody (a pulled cable far away)."""
-    device = _switch_port(host, link)
-    rules = []
-    # On the switch's port the host's outgoing frames arrive (ingress), its incoming ones leave (egress).
-    if direction in (Direction.OUT, Direction.BOTH):
-        rules.append(("out", "ingress"))
-    if direction in (Direction.IN, Direction.BOTH):
-        rules.append(("in", "egress"))
-    script = [f"table netdev {_TABLE}"]
-    for way, hook in rules:
-        chain = f"chain {device}_{way}".replace("-", "_")
-        head = f'type filter hook {hook} device "{device}" priority 0; policy drop;'
-        script.append(f"table netdev {_TABLE} {{ {chain} {{ {head} }} }}")
-    run_tool(["ip", "netns", "exec", host.lab.switch_namespace, "nft", "-f", "-"], "\n".join(script) + "\n")
+    hooks = [hook for hook, ways in _HOOKS.items() if direction in ways]
+    _nft(host, [f"add table netdev {_TABLE}", *(_add_chain(_switch_port(host, link), hook) for hook in hooks)])
 
 
 def restore_link(host: HostLayout, link: Link = Link.MIGRATION) -> None:
     """Undoes `cut_link`, in both directions, and `unplug`."""
     device = _switch_port(host, link)
-    script = [f"table netdev {_TABLE}"]
-    for way, hook in (("out", "ingress"), ("in", "egress")):
-        chain = f"{device}_{way}".replace("-", "_")
-        # Adding it first makes deleting it right also when it is not there, all in one transaction.
-        head = f'type filter hook {hook} device "{device}" priority 0;'
-        script.append(f"table netdev {_TABLE} {{ chain {chain} {{ {head} }} }}")
-        script.append(f"delete chain netdev {_TABLE} {chain}")
-    run_tool(["ip", "netns", "exec", host.lab.switch_namespace, "nft", "-f", "-"], "\n".join(script) + "\n")
+    commands = [f"add table netdev {_TABLE}"]
+    for hook in _HOOKS:
+        # Adding it first makes deleting it right also when it is not there; all of it is one transaction.
+        commands += [_add_chain(device, hook), f"delete chain netdev {_TABLE} {_chain(device, hook)}"]
+    _nft(host, commands)
     ip_batch(host.lab.switch_namespace, [f"link set dev {device} up"])
 
 
@@ -74,3 +62,17 @@ def slow_link(host: HostLayout, rate_bps: int) -> None:
 
 def _switch_port(host: HostLayout, link: Link) -> str:
     return host.migration_port if link is Link.MIGRATION else host.lan_port
+
+
+def _chain(device: str, hook: str) -> str:
+    return f"{device}-{hook}".replace("-", "_")
+
+
+def _add_chain(device: str, hook: str) -> str:
+    head = f'type filter hook {hook} device "{device}" priority 0; policy drop;'
+    return f"add chain netdev {_TABLE} {_chain(device, hook)} {{ {head} }}"
+
+
+def _nft(host: HostLayout, commands: list[str]) -> None:
+    argv = ["ip", "netns", "exec", host.lab.switch_namespace, "nft", "-f", "-"]
+    run_tool(argv, "\n".join(commands) + "\n")

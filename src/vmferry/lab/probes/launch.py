@@ -62,6 +62,12 @@ class RunningProbe:
                 raise Failed("probe-silent", "The probe got no answer.", "Does the guest answer at this address?")
             time.sleep(0.02)
 
+    def stop_by_itself(self, within_s: float = 60.0) -> dict[str, Any]:
+        """Waits for a probe with a --duration to end. Raises Failed `probe-failed`."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(within_s)  # its report fits the pipe
+        return self.stop()
+
     def stop(self) -> dict[str, Any]:
         """Ends the probe and gives its report. Raises Failed `probe-failed`. Can be called again."""
         if self._result is not None:

@@ -71,9 +71,9 @@ class Talk:
         return rest
 
     def receive_numbers(self) -> None:
-        """Takes everything there is and checks it."""
+        """Takes what there is, a few MiB at most, and checks it."""
         with self._noting_breaks(), contextlib.suppress(BlockingIOError):
-            while not self.broken:
+            for _ in range(32):
                 data = self.socket.recv(65536)
                 if not data:
                     self.broken = "closed by the guest"
