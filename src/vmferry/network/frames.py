@@ -103,7 +103,7 @@ class FrameRecorder(_Owner):
     """
 
     def __init__(self, device: str, *, outgoing: bool) -> None:
-        super().__init__(_open(device, socket.htons(ETH_P_ALL), _OUTGOING_ONLY if outgoing else ()))
+        super().__init__(_open(device, ETH_P_ALL, _OUTGOING_ONLY if outgoing else ()))
         if not outgoing:
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
         self._seen = 0

@@ -7,7 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vmferry.network.messages import CLSACT_EGRESS, clsact_delete, link_delete, observe_links, observe_redirect_targets
+from vmferry.network.messages import (
+    CLSACT_EGRESS,
+    Redirect,
+    link_delete,
+    observe_links,
+    observe_redirect_targets,
+    redirect_delete,
+)
 from vmferry.network.netlink import Netlink, aside
 from vmferry.network.ports import PORT_PREFIX
 from vmferry.network.source_gate import GONE, GateCounters, SourceGate
@@ -34,8 +41,10 @@ def _remove_leftovers(netlink: Netlink, alive: Collection[str]) -> tuple[str, ..
         if port.kind != "tun" or not port.name.startswith(PORT_PREFIX):
             continue
         targets = observe_redirect_targets(netlink, port.index, CLSACT_EGRESS)
-        if targets and not targets & kept:
-            netlink.run(clsact_delete(port.name, port.index), accept=GONE)
+        dead = [priority for priority, to_index in targets.items() if to_index not in kept]
+        for priority in dead:
+            netlink.run(redirect_delete(Redirect(port.index, CLSACT_EGRESS, priority, (), 0)), accept=GONE)
+        if dead:
             removed.append(f"{port.name} gate")
     for tunnel in tunnels:
         if tunnel.index not in kept:

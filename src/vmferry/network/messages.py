@@ -31,7 +31,7 @@ from vmferry.network.netlink import (
 
 RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK, RTM_SETLINK = 16, 17, 18, 19
 RTM_NEWNEIGH, RTM_DELNEIGH, RTM_GETNEIGH = 28, 29, 30
-RTM_NEWQDISC, RTM_DELQDISC = 36, 37
+RTM_NEWQDISC = 36
 RTM_NEWTFILTER, RTM_DELTFILTER, RTM_GETTFILTER = 44, 45, 46
 
 _AF_BRIDGE = 7
@@ -253,12 +253,6 @@ def clsact_new(name: str, index: int) -> Request:
     return Request(RTM_NEWQDISC, NLM_F_CREATE | NLM_F_EXCL, body, f"put the gate's hook on {name}")
 
 
-def clsact_delete(name: str, index: int) -> Request:
-    """The hook and every redirect on it."""
-    body = _TRAFFIC.pack(0, index, 0xFFFF0000, 0xFFFFFFF1, 0)
-    return Request(RTM_DELQDISC, 0, body, f"remove the gate's hook from {name}")
-
-
 @dataclass(frozen=True, slots=True)
 class Redirect:
     """A classifier at a clsact hook that redirects what matches to another device's egress.
@@ -337,13 +331,13 @@ def observe_redirects(netlink: Netlink, index: int, hook: int) -> dict[int, Redi
     return {priority: _parse_count(attributes_of(action.get(4, b""))) for priority, action in actions}
 
 
-def observe_redirect_targets(netlink: Netlink, index: int, hook: int) -> set[int]:
-    """The interface indexes that redirects at a hook lead to (0: the device is gone)."""
-    targets = set()
-    for _, action in _observe_actions(netlink, index, hook):
+def observe_redirect_targets(netlink: Netlink, index: int, hook: int) -> dict[int, int]:
+    """The interface index that each redirect at a hook leads to, by priority (0: that device is gone)."""
+    targets = {}
+    for priority, action in _observe_actions(netlink, index, hook):
         parameters = attributes_of(action.get(2, b"")).get(2, b"")
         if len(parameters) >= 28:
-            targets.add(int(struct.unpack_from("=I", parameters, 24)[0]))
+            targets[priority] = int(struct.unpack_from("=I", parameters, 24)[0])
     return targets
 
 

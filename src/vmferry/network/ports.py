@@ -16,6 +16,7 @@ from vmferry.model.names import require_mac
 from vmferry.network.messages import (
     Link,
     bridge_port_floods,
+    clsact_new,
     fdb_replace,
     link_delete,
     link_down,
@@ -89,7 +90,8 @@ def _create(netlink: Netlink, request: PortRequest) -> Port:
         link = _require_link(netlink, name)
         silence(name)
         configure = link_set(name, link.index, mtu=request.mtu, mac=host_side_mac(mac), txqueuelen=request.txqueuelen)
-        netlink.run(configure, link_up(name, link.index))
+        # The gate's hook is put there now: adding it to a device that is up resets its queue, and frames are lost.
+        netlink.run(configure, clsact_new(name, link.index), link_up(name, link.index))
         port = Port(name, link.index, fd, mac, request.switch)
         if request.plugged:
             _plug(netlink, port)

@@ -24,7 +24,6 @@ from vmferry.network.messages import (
     ANY_FRAME,
     CLSACT_EGRESS,
     Redirect,
-    clsact_delete,
     clsact_new,
     fdb_replace,
     frames_to,
@@ -73,6 +72,7 @@ class SourceGate:
         self._open = ExitStack()
         self._closed = False
         self._prepared: _Prepared | None = None
+        self._redirects: tuple[Redirect, ...] = ()
         self._drained = 0
         self._reinjected = 0
 
@@ -89,11 +89,18 @@ class SourceGate:
         with ExitStack() as undo:
             tunnel = make_tunnel(self._netlink, self._spec)
             undo.callback(delete_tunnel, self._netlink, tunnel.name)
-            self._netlink.run(clsact_new(self._port.name, self._port.ifindex), accept=EXISTS)
+            self._netlink.run(
+                clsact_new(self._port.name, self._port.ifindex),
+                # Sticky: the target's announcement comes in through the uplink and would move the entry there, and
+                # frames that were on their way to this host would be dropped (seen with frames spread over two CPUs).
+                fdb_replace(self._port.ifindex, self._port.mac, sticky=True),
+                accept=EXISTS,
+            )
             redirects = tuple(
                 Redirect(self._port.ifindex, CLSACT_EGRESS, priority, keys, tunnel.index)
                 for priority, keys in ((_UNICAST_PRIORITY, frames_to(self._port.mac)), (_OTHER_PRIORITY, ANY_FRAME))
             )
+            self._redirects = redirects
             with ExitStack() as opened:
                 prepared = self._open_all(opened, tunnel.name, tunnel.index, redirects)
                 self._open = opened.pop_all()
@@ -106,7 +113,7 @@ class SourceGate:
             tunnel_index=index,
             close=netlink.prepare(*(redirect_new(redirect) for redirect in redirects)),
             reopen=netlink.prepare(*(redirect_delete(redirect) for redirect in reversed(redirects))),
-            reclaim=netlink.prepare(fdb_replace(port.ifindex, port.mac, sticky=False)),
+            reclaim=netlink.prepare(fdb_replace(port.ifindex, port.mac, sticky=True)),
             forward=opened.enter_context(FrameSender(name)),
             returned=opened.enter_context(FrameRecorder(name, outgoing=False)),
             inject=opened.enter_context(FrameSender(port.name, bypass=True)),
@@ -215,7 +222,9 @@ class SourceGate:
         if link is not None and link.index == port.ifindex:
             if self._closed:
                 self._netlink.run(link_master(port.name, port.ifindex, 0))
-            self._netlink.run(clsact_delete(port.name, port.ifindex), accept=GONE)
+            elif link.master:
+                self._netlink.run(fdb_replace(port.ifindex, port.mac, sticky=False), accept=GONE)
+            self._netlink.run(*(redirect_delete(redirect) for redirect in self._redirects), accept=GONE)
         delete_tunnel(self._netlink, tunnel_name(self._spec.migration_id, self._spec.index))
 
     def _ready(self) -> _Prepared:
