@@ -37,7 +37,7 @@ def _findings(findings: list[Finding]) -> Table:
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=3, justify="right")
     grid.add_column(style="dim", no_wrap=True)
-    grid.add_column()
+    grid.add_column(overflow="fold")
     for finding in sorted(findings, key=lambda finding: _ORDER[finding.severity]):
         said = text(finding.message)
         if finding.fix and finding.severity is not Severity.OK:

@@ -18,6 +18,10 @@ from vmferry.cli.session import Session
 Function = Callable[..., Any]
 
 
+class ReaderLeft(Exception):
+    """Whoever read our standard output closed it; nothing failed."""
+
+
 def example(*lines: str) -> str:
     """The epilog of a help text; its lines stay as they are."""
     return "\b\nExample:\n" + "\n".join(f"  {line}" for line in lines)
@@ -32,7 +36,10 @@ def common(function: Function) -> Function:
     @functools.wraps(function)
     def with_session(ctx: click.Context, /, as_json: bool, config: Path | None, **rest: Any) -> Any:
         given = config or ctx.find_root().obj
-        return function(Session(given, as_json, rest.pop("host", None)), **rest)
+        try:
+            return function(Session(given, as_json, rest.pop("host", None)), **rest)
+        except BrokenPipeError as error:
+            raise ReaderLeft from error  # click would call it a failure
 
     return with_session
 

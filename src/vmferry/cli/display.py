@@ -10,7 +10,7 @@ import json
 import sys
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vmferry.model.errors import VmferryError
 
@@ -31,9 +31,13 @@ def console(to_stderr: bool = False) -> Console:
     """Standard output or standard error; markup, emoji codes and highlighting are off."""
     from rich.console import Console
 
+    class Plain(Console):
+        def on_broken_pipe(self) -> None:
+            raise
+
     stream = sys.stderr if to_stderr else sys.stdout
     width = None if stream.isatty() else _PIPE_WIDTH
-    return Console(stderr=to_stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
+    return Plain(stderr=to_stderr, width=width, markup=False, emoji=False, highlight=False, soft_wrap=False)
 
 
 def interactive() -> bool:
@@ -65,7 +69,9 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]], empty: str) 
 
     grid = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        grid.add_column(column.removeprefix(">"), justify="right" if column.startswith(">") else "left")
+        grid.add_column(
+            column.removeprefix(">"), justify="right" if column.startswith(">") else "left", overflow="fold"
+        )
     for row in rows:
         grid.add_row(*(cell if isinstance(cell, Text) else text(cell) for cell in row))
     if grid.row_count:
@@ -81,6 +87,7 @@ def facts(pairs: Iterable[tuple[str, object]]) -> None:
 
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
     for name, value in pairs:
         if value not in ("", None):
             grid.add_row(name, value if isinstance(value, Text) else text(value))
@@ -99,13 +106,6 @@ def json_line(value: object) -> None:
     from vmferry.api.codec import encode
 
     print(json.dumps(encode(value)), flush=True)  # noqa: T201
-
-
-def problem_document(error: VmferryError) -> dict[str, Any]:
-    """The error as the API would say it; a refusal carries the check that it comes from."""
-    from vmferry.api.codec import problem
-
-    return problem(error)
 
 
 def print_error(error: VmferryError) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from vmferry.api.client import HostClient
 from vmferry.api.codec import problem
-from vmferry.cli.display import console, interactive, json_line, line, mark, print_error, print_warning
+from vmferry.cli.display import console, interactive, json_line, line, mark, print_error, print_note, print_warning
 from vmferry.cli.session import Session
 from vmferry.model.errors import Failed, OutcomeUnknown, Refused, Unreachable, VmferryError
 from vmferry.model.migration import MigrationView, Outcome
@@ -54,33 +54,50 @@ def follow(session: Session, client: HostClient, first: MigrationView) -> int:
 
 
 def _say_detached(migration_id: str) -> None:
-    print_warning(
-        f"the migration goes on; vmferry migration watch {migration_id} shows it, "
-        f"vmferry migration cancel {migration_id} ends it"
-    )
+    print_note(f"the migration goes on; to see it: vmferry migration watch {migration_id}")
+    print_note(f"                       to end it: vmferry migration cancel {migration_id}")
 
 
 def until_known(
     client: HostClient, first: MigrationView, notice: Callable[[str], None], limit_s: float = CONTACT_LIMIT_S
 ) -> Iterator[MigrationView]:
-    """Every view until the outcome is known, over restarts of the daemon.
+    """Every view until the outcome is known, over quiet times and restarts of the daemon.
 
-    Raises OutcomeUnknown `contact-lost` when the host has not answered for `limit_s`.
+    Raises OutcomeUnknown: `contact-lost` when the host has not answered for `limit_s`, `watch-failed` when its answers
+    make no sense. Both say nothing about the migration.
     """
     yield first
-    outcome, contact = first.outcome, time.monotonic()
-    while outcome is Outcome.RUNNING:
+    last, lost_at = first, None
+    while last.outcome is Outcome.RUNNING:
         try:
-            for view in client.events(first.id):
+            for last in _events(client, first.id):
+                lost_at = None
                 notice("")
-                outcome, contact = view.outcome, time.monotonic()
-                yield view
-        except (Unreachable, OutcomeUnknown) as error:
-            if time.monotonic() - contact > limit_s:
+                yield last
+        except Unreachable as error:
+            now = time.monotonic()
+            lost_at = now if lost_at is None else lost_at
+            if now - lost_at > limit_s:
                 raise _contact_lost(client, first.id) from error
             notice(f"{client.endpoint.name} does not answer; trying again")
-        if outcome is Outcome.RUNNING:
+        except VmferryError as error:
+            raise _watch_failed(first.id, error) from error
+        if last.outcome is Outcome.RUNNING:
             time.sleep(_RETRY_S)
+
+
+def _events(client: HostClient, migration_id: str) -> Iterator[MigrationView]:
+    """The state now, then every change. A stream that breaks off just ends: the next state tells whether it matters."""
+    yield client.migration(migration_id)
+    try:
+        yield from client.events(migration_id)
+    except Unreachable:
+        return
+
+
+def _watch_failed(migration_id: str, error: VmferryError) -> OutcomeUnknown:
+    message = f"The migration {migration_id} cannot be watched any more: {error.message}"
+    return OutcomeUnknown("watch-failed", message, f"See vmferry migration show {migration_id}.")
 
 
 def _contact_lost(client: HostClient, migration_id: str) -> OutcomeUnknown:

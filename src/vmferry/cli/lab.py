@@ -1,4 +1,4 @@
-"""`vmferry lab`: hosts in network namespaces on this machine. The only room beside the tests that sees `vmferry.lab`."""
+"""`vmferry lab`: hosts in network namespaces on this machine. Beside the tests nothing else sees `vmferry.lab`."""
 
 from __future__ import annotations
 

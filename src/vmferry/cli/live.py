@@ -19,7 +19,7 @@ from vmferry.model.units import format_ms, format_size
 
 _BAR_MOST = 30
 _BAR_LEAST = 8
-_BESIDE_BAR = 62  # what stands beside a bar, widest case
+_BESIDE_BAR = 67  # what stands beside a bar, widest case
 _COPYING = (Phase.COPY, Phase.SWITCHOVER)
 
 
@@ -35,7 +35,7 @@ class Frame:
 
 
 def draw(frame: Frame, width: int) -> RenderableType:
-    """The picture for a terminal of that many columns (from 60 on nothing is cut)."""
+    """The picture for a terminal of that many columns (from 76 on nothing is cut)."""
     view = frame.view
     parts: list[RenderableType] = [_head(frame), _phases(view)]
     if _has_numbers(view.progress):
@@ -50,7 +50,11 @@ def draw(frame: Frame, width: int) -> RenderableType:
 def _head(frame: Frame) -> Text:
     view = frame.view
     head = text(view.vm, "bold") + text(f"  {view.source} {mark('→', '->')} {view.target}  ")
-    return head + text(f"{view.id}  ", "dim") + text(f"elapsed {format_ms(max(frame.elapsed_ms, 0))}")
+    return head + text(f"{view.id}  ", "dim") + text(f"elapsed {_elapsed(frame.elapsed_ms)}")
+
+
+def _elapsed(elapsed_ms: float) -> str:
+    return format_ms(elapsed_ms) if elapsed_ms >= 1000 else f"{max(elapsed_ms, 0) / 1000:.1f} s"
 
 
 def _phases(view: MigrationView) -> Text:
@@ -65,7 +69,7 @@ def _phases(view: MigrationView) -> Text:
             sign, style = mark("✔", "+"), "green"
         else:
             sign, style = mark("·", "."), "dim"
-        row.append(f"{sign} {phase.value}   ", style=style)
+        row.append(f"{sign} {phase.value}  ", style=style)
     row.rstrip()
     return row
 
@@ -79,8 +83,10 @@ def _bars(frame: Frame, width: int) -> Table:
     bar_width = min(_BAR_MOST, max(_BAR_LEAST, width - _BESIDE_BAR))
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=8)
-    for _ in range(4):
-        grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True)
+    for least in (15, 11):  # so that nothing jumps about while numbers change
+        grid.add_column(no_wrap=True, justify="right", min_width=least)
+    grid.add_column(no_wrap=True)
     if progress.disk_total_bytes:
         left = progress.disk_total_bytes - progress.disk_done_bytes
         time_left = span_left(left, frame.disk_rates, 0) if running else None
@@ -103,7 +109,7 @@ def _row(total: int, left: int, rate: int, time_left: Range | None, bar_width: i
 def _bar(done: float, width: int) -> Text:
     full = int(done * width)
     bar = Text(mark("━", "#") * full, style="green")
-    bar.append(mark("━", "-") * (width - full), style="grey30")
+    bar.append(mark("─", "-") * (width - full), style="dim")
     return bar + text(f" {int(done * 100):3d}%")
 
 
@@ -132,7 +138,8 @@ def _numbers(view: MigrationView) -> Iterator[Text]:
     parts = [f"dirtied {format_size(progress.dirty_rate)}/s", f"round {progress.rounds}"]
     parts.append(f"throttle {progress.throttle_percent}%")
     yield text("  " + mark(" · ", " | ").join(parts))
-    parts = [f"left {format_range(progress.eta_ms)}"] if progress.eta_ms else []
+    running = view.outcome is Outcome.RUNNING
+    parts = [f"left {format_range(progress.eta_ms)}"] if running and progress.eta_ms else []
     if view.blackout_ms is not None:
         parts.append(f"blackout {format_ms(view.blackout_ms)}")
     elif progress.blackout_ms:

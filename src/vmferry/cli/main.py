@@ -15,7 +15,7 @@ from pathlib import Path
 
 import click
 
-from vmferry.cli.command import example
+from vmferry.cli.command import ReaderLeft, example
 from vmferry.model.errors import VmferryError, WrongInput
 
 _NOUNS = {
@@ -82,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         status = _run(given)
         sys.stdout.flush()
-    except BrokenPipeError:
+    except (BrokenPipeError, ReaderLeft):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader left; Python would complain once more at exit
         status = _INTERRUPTED
     sys.exit(status)
@@ -117,9 +117,9 @@ def _report(error: VmferryError, arguments: list[str], ctx: click.Context | None
     print_error(error)
     before_command = arguments[: arguments.index("--")] if "--" in arguments else arguments
     if "--json" in before_command:
-        from vmferry.cli.display import problem_document
+        from vmferry.api.codec import problem
 
-        print(json.dumps({"error": problem_document(error)}), flush=True)  # noqa: T201
+        print(json.dumps({"error": problem(error)}), flush=True)  # noqa: T201
     return error.exit_status
 
 

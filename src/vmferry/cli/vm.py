@@ -193,7 +193,11 @@ def migrate(session: Session, name: str, to: str, dry_run: bool, detach: bool, *
     client, _ = fleet.owner(session, name)
     if dry_run:
         return _show_check(session, client.check(name, to, wanted))
-    view = client.migrate(name, to, wanted)
+    try:
+        view = client.migrate(name, to, wanted)
+    except KeyboardInterrupt:
+        display.print_note("whether the migration has begun is not known: vmferry migration list")
+        raise
     if not detach:
         return follow(session, client, view)
     if session.as_json:
