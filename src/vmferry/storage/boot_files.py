@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import secrets
 import stat
 from pathlib import Path
@@ -18,8 +17,6 @@ from vmferry.storage.faults import translated
 
 _LARGEST = 2 << 30
 _DIGEST_CHARS = 32
-_PREFIX = "boot-"
-_NAME = re.compile(rf"{_PREFIX}[0-9a-f]{{{_DIGEST_CHARS}}}\Z")
 
 
 async def store_boot_file(vm_dir: Path, source: Path) -> str:
@@ -30,34 +27,16 @@ async def store_boot_file(vm_dir: Path, source: Path) -> str:
     return await asyncio.to_thread(_store, vm_dir, source)
 
 
-def has_boot_file(vm_dir: Path, name: str) -> bool:
-    """Whether `vm_dir` holds that file; it is complete then. One stat(2)."""
-    return _NAME.match(name) is not None and (vm_dir / name).is_file()
-
-
-def finish_boot_file(vm_dir: Path, name: str) -> None:
-    """Puts `<name>.part`, which came from another host, in place once its content is what its name says. Blocking.
-
-    Raises Refused `digest-differs` (the part is removed then), WrongInput `bad-boot-file` for an impossible name.
-    """
-    if not _NAME.match(name):
-        raise WrongInput("bad-boot-file", f"{name[:80]!r} is not the name of a boot file.", "Migrate again.")
-    part = vm_dir / f"{name}.part"
-    with translated("store", part):
-        with part.open("rb") as file:
-            same = _PREFIX + hashlib.file_digest(file, "sha256").hexdigest()[:_DIGEST_CHARS] == name
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        if same:
-            part.replace(vm_dir / name)
-            return
-        part.unlink()
-    raise Refused("digest-differs", f"What arrived as {name} is not that file.", "Migrate again.")
+async def store_boot_data(vm_dir: Path, name: str, data: bytes) -> None:
+    """Stores what another host sent as its file `name`. Raises Refused `digest-differs` if that is not its content."""
+    if boot_file_name(data) != name:
+        raise Refused("digest-differs", f"What arrived as {name!r:.60} is not that file.", "Migrate again.")
+    await asyncio.to_thread(_write, vm_dir, name, data)
 
 
 def boot_file_name(data: bytes) -> str:
     """The name under which this content is stored."""
-    return _PREFIX + hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
+    return "boot-" + hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
 
 
 def _store(vm_dir: Path, source: Path) -> str:

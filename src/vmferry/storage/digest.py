@@ -1,0 +1,245 @@
+"""Digests of what a guest sees on its disk, chunk by chunk, so that two hosts can compare their copies.
+
+Both hosts digest their copy while the guest runs; after it has stopped only the chunks that were written since are
+read again. Zeros cost nothing where the server knows them, and a hole equals real zeros. Everything that reads is
+blocking and made for threads; `cancel` or `NbdClient.abort` ends it early.
+
+A chunk's digest is XXH3-128 (measured here: 37 GB/s, BLAKE3 5 GB/s, reading through NBD 1.5 GB/s): it finds
+accidents; who wants to forge a digest can just as well report a wrong one. The whole is BLAKE3 over all of them.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+import threading
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import blake3
+import xxhash
+
+from vmferry.model.errors import Failed, WrongInput
+from vmferry.storage.nbd import Extent, NbdClient, zero_extents
+
+DEFAULT_CHUNK_BYTES = 64 << 10  # small: one dirty 4 KiB block costs a whole chunk in the blackout
+_MOST_CHUNKS = 1 << 20
+_LARGEST_CHUNK = 16 << 20  # a chunk is read with one request (32 MiB by default)
+_DIGEST_BYTES = 16
+_ZERO = bytes(_DIGEST_BYTES)  # stands for a chunk that is all zeros
+_STEP_BYTES = 1 << 20
+_ASK_FOR_ZEROS_BYTES = 8 << 20
+_HEADER = struct.Struct(">4sQI")
+_MAGIC = b"VFD1"
+_LARGEST_PACKED = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class DiskDigests:
+    """The digests of a disk: 16 bytes for every `chunk_bytes`, in order; all zero for a chunk of zeros."""
+
+    size_bytes: int
+    chunk_bytes: int
+    chunks: bytes
+
+    @property
+    def whole(self) -> str:
+        """One digest for all of the disk (hexadecimal), for the receipt. Equal if and only if the disks are."""
+        header = _HEADER.pack(_MAGIC, self.size_bytes, self.chunk_bytes)
+        return blake3.blake3(header + self.chunks).hexdigest()
+
+
+class DigestCancelled(Failed):
+    """Somebody asked for the digesting to end."""
+
+    def __init__(self) -> None:
+        super().__init__("digest-cancelled", "Digesting the disk was cancelled.")
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """How others watch a digest being made: `cancel` ends it, `progress` is told the bytes done so far (in order)."""
+
+    cancel: threading.Event | None = None
+    progress: Callable[[int], None] | None = None
+
+    def tell(self, done_bytes: int) -> None:
+        """Reports, and raises DigestCancelled when asked to end."""
+        if self.cancel is not None and self.cancel.is_set():
+            raise DigestCancelled
+        if self.progress is not None:
+            self.progress(done_bytes)
+
+
+def chunk_bytes_for(size_bytes: int) -> int:
+    """The chunk size for a disk, the same on every host: 64 KiB, doubled until a million chunks do. Pure."""
+    chunk = DEFAULT_CHUNK_BYTES
+    while -(-size_bytes // chunk) > _MOST_CHUNKS and chunk < _LARGEST_CHUNK:
+        chunk *= 2
+    return chunk
+
+
+def digest_disk(client: NbdClient, chunk_bytes: int = 0, watch: Watch | None = None) -> DiskDigests:
+    """Reads all of the disk that is not known to be zero. `chunk_bytes` 0 is `chunk_bytes_for` its size.
+
+    Raises the errors of NbdClient, DigestCancelled.
+    """
+    chunk = chunk_bytes or chunk_bytes_for(client.size_bytes)
+    if chunk & (chunk - 1) or not 4096 <= chunk <= _LARGEST_CHUNK:
+        raise WrongInput("bad-chunk", f"{chunk} is no size for chunks.", "Use a power of two from 4 KiB to 16 MiB.")
+    chunks = bytearray(_DIGEST_BYTES * -(-client.size_bytes // chunk))
+    data = ((extent.offset, extent.length) for extent in zero_extents(client) if not extent.flags)
+    # The map is complete before anything is read: one connection answers one thing at a time.
+    _digest_ranges(client, chunk, list(_whole_chunks(data, chunk, client.size_bytes)), chunks, watch or Watch())
+    return DiskDigests(client.size_bytes, chunk, bytes(chunks))
+
+
+def redigest(
+    client: NbdClient, digests: DiskDigests, extents: Iterable[Extent], watch: Watch | None = None
+) -> DiskDigests:
+    """The digests with the chunks that `extents` touch read again. Raises as `digest_disk`."""
+    if client.size_bytes != digests.size_bytes:
+        raise Failed(
+            "size-differs", f"The disk has {client.size_bytes} bytes, not {digests.size_bytes}.", "Start anew."
+        )
+    chunk, size = digests.chunk_bytes, digests.size_bytes
+    touched = list(_whole_chunks(_in_order(extents), chunk, size))
+    if not touched:
+        return digests
+    chunks = bytearray(digests.chunks)
+    data: list[tuple[int, int]] = []
+    for offset, length in touched:
+        first, last = offset // chunk, -(-(offset + length) // chunk)
+        chunks[first * _DIGEST_BYTES : last * _DIGEST_BYTES] = bytes((last - first) * _DIGEST_BYTES)
+        # A guest that has discarded a lot has dirtied a lot of zeros: not to be read in the blackout.
+        data += _without_zeros(client, offset, length) if length >= _ASK_FOR_ZEROS_BYTES else [(offset, length)]
+    _digest_ranges(client, chunk, list(_whole_chunks(data, chunk, size)), chunks, watch or Watch())
+    return DiskDigests(size, chunk, bytes(chunks))
+
+
+def _without_zeros(client: NbdClient, offset: int, length: int) -> list[tuple[int, int]]:
+    return [(found.offset, found.length) for found in zero_extents(client, offset, length) if not found.flags]
+
+
+def _in_order(extents: Iterable[Extent]) -> list[tuple[int, int]]:
+    return sorted((extent.offset, extent.length) for extent in extents)
+
+
+def _whole_chunks(ranges: Iterable[tuple[int, int]], chunk: int, size: int) -> Iterator[tuple[int, int]]:
+    """The ranges (in order) widened to whole chunks, neighbours merged; what lies outside the disk is left out. Pure."""
+    begin = end = -1
+    for offset, length in ranges:
+        if offset < 0 or length <= 0 or offset >= size:
+            continue
+        first = offset - offset % chunk
+        last = min(size, -(-(offset + length) // chunk) * chunk)
+        if first <= end:
+            end = max(end, last)
+            continue
+        if begin >= 0:
+            yield begin, end - begin
+        begin, end = first, last
+    if begin >= 0:
+        yield begin, end - begin
+
+
+def _digest_ranges(
+    client: NbdClient, chunk: int, ranges: list[tuple[int, int]], chunks: bytearray, watch: Watch
+) -> None:
+    """Writes the digests of the ranges (whole chunks) into `chunks`."""
+    zeros = {chunk: xxhash.xxh3_128_digest(bytes(chunk))}
+    digest = xxhash.xxh3_128_digest
+    done = 0
+    for offset, view in client.stream(ranges, max(_STEP_BYTES, chunk)):
+        place = offset // chunk * _DIGEST_BYTES
+        length = len(view)
+        for start in range(0, length, chunk):
+            piece = view[start : start + chunk]
+            value = digest(piece)
+            if len(piece) != chunk and len(piece) not in zeros:
+                zeros[len(piece)] = digest(bytes(len(piece)))
+            chunks[place : place + _DIGEST_BYTES] = _ZERO if value == zeros[len(piece)] else value
+            place += _DIGEST_BYTES
+        done += length
+        watch.tell(done)
+
+
+def compare(one: DiskDigests, other: DiskDigests, limit: int = 16) -> tuple[int, ...]:
+    """Offsets in bytes of the first chunks that differ; empty when the disks are equal. Pure.
+
+    Raises Failed `size-differs` if sizes or chunk sizes do.
+    """
+    if (one.size_bytes, one.chunk_bytes) != (other.size_bytes, other.chunk_bytes):
+        raise Failed("size-differs", "The two copies of the disk are not of the same size.", "Start anew.")
+    if one.chunks == other.chunks:
+        return ()
+    found: list[int] = []
+    for place in range(0, len(one.chunks), _DIGEST_BYTES):
+        if one.chunks[place : place + _DIGEST_BYTES] != other.chunks[place : place + _DIGEST_BYTES]:
+            found.append(place // _DIGEST_BYTES * one.chunk_bytes)
+            if len(found) >= limit:
+                break
+    return tuple(found)
+
+
+def pack(digests: DiskDigests) -> str:
+    """As text for the wire; chunks of zeros take next to nothing. Pure."""
+    header = _HEADER.pack(_MAGIC, digests.size_bytes, digests.chunk_bytes)
+    return base64.b64encode(zlib.compress(header + digests.chunks, 1)).decode()
+
+
+def unpack(text: str) -> DiskDigests:
+    """What `pack` packed. Raises WrongInput `bad-digests`. Pure."""
+    try:
+        data = _decompress(base64.b64decode(text, validate=True))
+        magic, size, chunk = _HEADER.unpack_from(data)
+    except (binascii.Error, zlib.error, struct.error, ValueError) as error:
+        raise WrongInput(
+            "bad-digests", "These are no digests of a disk.", "Is the other host's version known?"
+        ) from error
+    chunks = data[_HEADER.size :]
+    if magic != _MAGIC or chunk < 4096 or chunk & (chunk - 1) or len(chunks) != _DIGEST_BYTES * -(-size // chunk):
+        raise WrongInput("bad-digests", "These are no digests of a disk.", "Is the other host's version known?")
+    return DiskDigests(size, chunk, chunks)
+
+
+def pack_part(digests: DiskDigests, extents: Iterable[Extent]) -> str:
+    """Only the digests of the chunks that `extents` touch: what the blackout waits for stays small. Pure."""
+    return base64.b64encode(_part(digests, extents)).decode()
+
+
+def with_part(digests: DiskDigests, extents: Iterable[Extent], text: str) -> DiskDigests:
+    """`digests` with what `pack_part` packed of the same extents. Raises WrongInput `bad-digests`. Pure."""
+    try:
+        data = base64.b64decode(text, validate=True)
+    except binascii.Error as error:
+        raise WrongInput("bad-digests", "These are no digests of a disk.", "") from error
+    chunks = bytearray(digests.chunks)
+    used = 0
+    for first, last in _places(digests, extents):
+        chunks[first:last] = data[used : used + last - first]
+        used += last - first
+    if used != len(data) or len(chunks) != len(digests.chunks):
+        raise WrongInput("bad-digests", "These are digests of other chunks.", "")
+    return DiskDigests(digests.size_bytes, digests.chunk_bytes, bytes(chunks))
+
+
+def _part(digests: DiskDigests, extents: Iterable[Extent]) -> bytes:
+    return b"".join(digests.chunks[first:last] for first, last in _places(digests, extents))
+
+
+def _places(digests: DiskDigests, extents: Iterable[Extent]) -> Iterator[tuple[int, int]]:
+    for offset, length in _whole_chunks(_in_order(extents), digests.chunk_bytes, digests.size_bytes):
+        first = offset // digests.chunk_bytes
+        yield first * _DIGEST_BYTES, (first + -(-length // digests.chunk_bytes)) * _DIGEST_BYTES
+
+
+def _decompress(data: bytes) -> bytes:
+    """zlib with an upper bound, against a small message that becomes a huge one."""
+    machine = zlib.decompressobj()
+    out = machine.decompress(data, _LARGEST_PACKED)
+    if machine.unconsumed_tail or not machine.eof:
+        raise ValueError("too large, or cut off")
+    return out
