@@ -17,13 +17,12 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from vmferry.model.errors import Refused, WrongInput
-from vmferry.model.names import require_name
+from vmferry.model.names import require_name, stream_name
 
-ORGANIZATION = "vmferry"
 VALIDITY = timedelta(days=730)
 CA_VALIDITY = timedelta(days=3650)
 CLOCK_TOLERANCE = timedelta(hours=1)  # a joining host's clock may be behind the CA's
-_STREAM_PREFIX = "stream."  # cannot begin a host's name: those have no dots
+_ORGANIZATION = "vmferry"
 
 Key = ec.EllipticCurvePrivateKey
 
@@ -67,19 +66,6 @@ def certificate_to_pem(certificate: x509.Certificate) -> bytes:
 def fingerprint(certificate: x509.Certificate) -> bytes:
     """SHA-256 over the whole certificate (DER), 32 bytes."""
     return certificate.fingerprint(hashes.SHA256())
-
-
-def stream_name(host: str) -> str:
-    """The name in the certificate of a host's guest processes; what QEMU's `tls-hostname` must say."""
-    return _STREAM_PREFIX + host
-
-
-def stream_identity(host: str) -> str:
-    """The distinguished name of a host's guest processes as QEMU's authz objects compare it (gnutls, RFC 4514 order).
-
-    Checked against real QEMU in tests/contract/api/test_stream_tls.py.
-    """
-    return f"CN={stream_name(host)},O={ORGANIZATION}"
 
 
 def host_in(certificate_der: bytes) -> str:
@@ -173,9 +159,9 @@ def _sign(
 
 
 def _subject(name: str) -> x509.Name:
-    return x509.Name(
-        [x509.NameAttribute(NameOID.ORGANIZATION_NAME, ORGANIZATION), x509.NameAttribute(NameOID.COMMON_NAME, name)]
-    )
+    """In the order that `stream_identity` promises."""
+    common_name = x509.NameAttribute(NameOID.COMMON_NAME, name)
+    return x509.Name([common_name, x509.NameAttribute(NameOID.ORGANIZATION_NAME, _ORGANIZATION)])
 
 
 def _builder(

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from vmferry.api import certificates as certs
-from vmferry.api.certificates import stream_identity, stream_name
 from vmferry.api.identity import (
     HostCertificates,
     HostRequests,
@@ -35,7 +34,7 @@ from vmferry.api.tls import (
     tls_problem,
 )
 from vmferry.model.errors import Conflict, NotFound, Refused
-from vmferry.model.names import require_name
+from vmferry.model.names import require_name, stream_identity, stream_name
 
 __all__ = [
     "HostCertificates",
@@ -96,7 +95,7 @@ def make_csr(directory: Path, host: str) -> HostRequests:
     make_dir(directory / "pending", 0o700)
     write(directory / "pending" / "host.key", certs.key_to_pem(host_key), 0o600)
     write(directory / "pending" / "stream.key", certs.key_to_pem(stream_key), 0o600)
-    stream = certs.create_request(stream_key, certs.stream_name(host))
+    stream = certs.create_request(stream_key, stream_name(host))
     return HostRequests(host, certs.create_request(host_key, host), stream)
 
 

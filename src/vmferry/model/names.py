@@ -28,3 +28,20 @@ def require_mac(mac: str) -> str:
     if not _MAC.match(lowered) or int(lowered[:2], 16) & 1:
         raise WrongInput("bad-mac", f"{mac[:40]!r} is not a unicast MAC address.", "Write it like 52:54:00:12:34:56.")
     return lowered
+
+
+def stream_name(host: str) -> str:
+    """The name of a host's guest processes in their certificate; what QEMU's `tls-hostname` must say.
+
+    No host can have such a name: a host's name has no dots.
+    """
+    return f"stream.{host}"
+
+
+def stream_identity(host: str) -> str:
+    """The distinguished name of a host's guest processes as QEMU's authz objects compare it.
+
+    QEMU 10.0 takes it from gnutls_x509_crt_get_dn, which keeps the certificate's order (not RFC 4514's reverse one);
+    `vmferry.api.certificates` encodes it in this order. Checked in tests/contract/api/test_stream_tls.py.
+    """
+    return f"CN={stream_name(host)},O=vmferry"
