@@ -11,6 +11,7 @@ import ctypes
 import errno
 import socket
 import struct
+from collections.abc import Callable
 from typing import Final, Self
 
 from vmferry.model.errors import Failed
@@ -106,6 +107,7 @@ class FrameRecorder(_Owner):
         super().__init__(_open(device, ETH_P_ALL, _OUTGOING_ONLY if outgoing else ()))
         if not outgoing:
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._seen = 0
         self._missed = 0
 
@@ -138,17 +140,31 @@ class FrameRecorder(_Owner):
 
     async def wait(self, seconds: float) -> bool:
         """Whether a frame is there to be taken, after at most that time."""
-        loop = asyncio.get_running_loop()
         arrived = asyncio.Event()
-        loop.add_reader(self._socket, arrived.set)
+        self.call_on_arrival(arrived.set)
         try:
             async with asyncio.timeout(seconds):
                 await arrived.wait()
         except TimeoutError:
             return False
         finally:
-            loop.remove_reader(self._socket)
+            self.ignore_arrival()
         return True
+
+    def call_on_arrival(self, function: Callable[[], object]) -> None:
+        """Calls it from the running event loop whenever frames are there, until `ignore_arrival` or `close`."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, function)
+
+    def ignore_arrival(self) -> None:
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop = None
+
+    def close(self) -> None:
+        """Call it in the event loop if `call_on_arrival` was used."""
+        self.ignore_arrival()
+        super().close()
 
 
 def with_vlan_tag(data: bytes, ancillary: list[tuple[int, int, bytes]]) -> bytes:

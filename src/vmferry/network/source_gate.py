@@ -169,8 +169,8 @@ class SourceGate:
         """Rollback, last step: frames go to the port again; first those that came back, in order.
 
         `returned` is what the target's `return_frames` said: so many are waited for (at most `timeout_s`) before the
-        gate opens; None if the target cannot be asked. Gives back all frames put into the port so far. Call it again
-        when the target has returned late ones. Raises KernelRefused, Failed.
+        gate opens; None if the target cannot be asked. Late ones are put into the port as they come, until `release`.
+        Gives back all frames put into the port so far. Idempotent. Raises KernelRefused, Failed.
         """
         prepared = self._ready()
         self.reclaim()
@@ -184,6 +184,7 @@ class SourceGate:
         prepared.reopen.fire(accept=GONE)
         self._closed = False
         self._reinject()
+        prepared.returned.call_on_arrival(self._reinject)
         return self._reinjected
 
     def _reinject(self) -> None:

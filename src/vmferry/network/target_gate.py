@@ -15,6 +15,7 @@ from typing import Final
 from vmferry.network.announce import Announcer, announcement_frames
 from vmferry.network.frames import FrameRecorder, FrameSender
 from vmferry.network.messages import (
+    ANY_FRAME,
     CLSACT_INGRESS,
     GROUP_FRAME,
     UNICAST_FRAME,
@@ -32,10 +33,10 @@ from vmferry.network.messages import (
 )
 from vmferry.network.netlink import Netlink, PreparedBatch, aside
 from vmferry.network.ports import Port, enslave_quietly
-from vmferry.network.source_gate import GONE, GateCounters
+from vmferry.network.source_gate import EXISTS, GONE, GateCounters
 from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunnel_name
 
-_GROUP_PRIORITY, _UNICAST_PRIORITY = 10, 20
+_REFLECT_PRIORITY, _GROUP_PRIORITY, _UNICAST_PRIORITY = 5, 10, 20
 _NONE: Final = frozenset({errno.ENOENT})
 
 
@@ -93,11 +94,12 @@ class TargetGate:
             give_back=netlink.prepare(
                 bridge_port_floods(port.name, port.ifindex, floods=False), fdb_delete(port.ifindex, port.mac)
             ),
+            reflect=netlink.prepare(redirect_new(Redirect(index, CLSACT_INGRESS, _REFLECT_PRIORITY, ANY_FRAME, index))),
             record=opened.enter_context(FrameRecorder(port.name, outgoing=True)),
             back=opened.enter_context(FrameSender(name)),
             announcer=opened.enter_context(Announcer(self._uplinks, self._frames)),
         )
-        for batch in (prepared.plug, prepared.take_over, prepared.give_back):
+        for batch in (prepared.plug, prepared.take_over, prepared.give_back, prepared.reflect):
             opened.callback(batch.close)
         return prepared
 
@@ -131,18 +133,25 @@ class TargetGate:
     async def return_frames(self) -> int:
         """Rollback: the port hears its switch no more, and every frame that was put into it goes back, in order.
 
-        All of them, whether or not QEMU has read them already: the guest has not run here. Call it again for frames
-        that come late. Gives back the number of all frames returned so far. Raises KernelRefused, Failed.
+        All of them, whether or not QEMU has read them already: the guest has not run here. What comes through the
+        tunnel from then on is sent straight back. Only before the guest has run. Gives back the number of all frames
+        returned so far. Idempotent. Raises KernelRefused, Failed.
         """
         return await aside(self._return_frames)
 
     def _return_frames(self) -> int:
         prepared = self._ready()
         prepared.give_back.fire(accept=GONE)
+        self._send_back()
+        prepared.reflect.fire(accept=EXISTS)
+        self._send_back()
+        return self._returned
+
+    def _send_back(self) -> None:
+        prepared = self._ready()
         for frame in prepared.record.take():
             prepared.back.send(frame)
             self._returned += 1
-        return self._returned
 
     async def traffic(self) -> GateCounters:
         """What has come through the tunnel, and what was dropped: the port's ring full, or in the tunnel."""
@@ -186,6 +195,7 @@ class _Prepared:
     plug: PreparedBatch
     take_over: PreparedBatch
     give_back: PreparedBatch
+    reflect: PreparedBatch
     record: FrameRecorder
     back: FrameSender
     announcer: Announcer
