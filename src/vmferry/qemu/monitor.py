@@ -168,6 +168,7 @@ class Monitor:
         self._lost: QmpLost | None = None
         self._on_lost: list[Callable[[QmpLost], None]] = []
         self._watch: asyncio.Task[None] | None = None
+        self._closing = asyncio.Event()
 
     @classmethod
     async def connect(cls, path: Path | str | socket.socket, timeout_s: float = 10.0) -> Self:
@@ -198,11 +199,9 @@ class Monitor:
     async def close(self) -> None:
         """Hangs up. Never raises for a connection that is lost already; the guest is not touched."""
         self._declare_lost(QmpLost("it was closed by us"))
+        self._closing.set()
         if self._watch is not None:
-            self._watch.cancel()
-            await asyncio.gather(self._watch, return_exceptions=True)
-        with contextlib.suppress(QMPError, EOFError, OSError):
-            await self._client.disconnect()
+            await asyncio.shield(self._watch)  # the only one to call disconnect: two at a time confuse the library
 
     @property
     def lost(self) -> bool:
@@ -336,8 +335,13 @@ class Monitor:
             raise QmpLost(self._lost.message)
 
     async def _watch_connection(self) -> None:
-        while self._client.runstate is Runstate.RUNNING:
-            await self._client.runstate_changed()
+        changed = asyncio.create_task(self._wait_for_change())
+        closing = asyncio.create_task(self._closing.wait())
+        try:
+            await asyncio.wait((changed, closing), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            changed.cancel()
+            closing.cancel()
         cause = "QEMU hung up"
         try:
             await self._client.disconnect()
@@ -346,6 +350,10 @@ class Monitor:
         except (QMPError, OSError) as error:
             cause = _root_cause(error)
         self._declare_lost(QmpLost(cause))
+
+    async def _wait_for_change(self) -> None:
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
 
     def _declare_lost(self, error: QmpLost) -> None:
         if self._lost is not None:
