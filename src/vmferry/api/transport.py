@@ -24,30 +24,6 @@ CONNECT_TIMEOUT_S = 5.0
 _LARGEST_ANSWER = 64 << 20
 
 
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, timeout: float) -> None:
-        super().__init__("localhost", timeout=timeout)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
-
-
-class _TlsConnection(http.client.HTTPConnection):
-    """TLS to an address, the certificate judged by the host's name: an address is any host's that holds it."""
-
-    def __init__(self, address: str, name: str, context: ssl.SSLContext, timeout: float) -> None:
-        super().__init__(*split_address(address), timeout=timeout)
-        self._name = name
-        self._context = context
-
-    def connect(self) -> None:
-        super().connect()
-        self.sock = self._context.wrap_socket(self.sock, server_hostname=self._name)
-
-
 def exchange(
     endpoint: Endpoint,
     method: str,
@@ -79,33 +55,61 @@ def open_answer(
     context: ssl.SSLContext | None = None,
 ) -> Iterator[http.client.HTTPResponse]:
     """The answer while it comes in, its status already judged. Errors as `exchange`, also while it is being read."""
-    connection = _connect(endpoint, min(timeout_s, CONNECT_TIMEOUT_S), context)
-    try:
-        connection.sock.settimeout(timeout_s)
-        data = None if body is None else json.dumps(body).encode()
-        headers = {"Accept": "application/json"} | ({"Content-Type": "application/json"} if data is not None else {})
-        connection.request(method, path, body=data, headers=headers)
-        answer = connection.getresponse()
-        if not 200 <= answer.status < 300:
-            raise _error_of(endpoint, answer)
-        yield answer
-    except (OSError, http.client.HTTPException) as error:
-        raise _lost(endpoint, method, error) from error
-    finally:
-        connection.close()
+    with _connect(endpoint, min(timeout_s, CONNECT_TIMEOUT_S), context) as connection:
+        try:
+            connection.settimeout(timeout_s)
+            _send(connection, _request(method, path, body))
+            with http.client.HTTPResponse(connection, method=method) as answer:
+                answer.begin()
+                if not 200 <= answer.status < 300:
+                    raise _error_of(endpoint, answer)
+                yield answer
+        except (OSError, http.client.HTTPException) as error:
+            raise _lost(endpoint, method, error) from error
 
 
-def _connect(endpoint: Endpoint, timeout_s: float, context: ssl.SSLContext | None) -> http.client.HTTPConnection:
-    connection: http.client.HTTPConnection
-    if endpoint.socket:
-        connection = _UnixConnection(str(endpoint.socket), timeout_s)
-    else:
-        connection = _TlsConnection(endpoint.address, endpoint.name, context or _tls_context(endpoint), timeout_s)
+def _send(connection: socket.socket, request: bytes) -> None:
+    """Sends the request. A server that refuses our certificate may have closed before (with TLS 1.3 it judges it after
+    our handshake is done); its alert, which says why, is then still there to be read.
+    """
     try:
-        connection.connect()
+        connection.sendall(request)
+    except TimeoutError:
+        raise
+    except OSError:
+        connection.recv(1)  # raises the alert, if there is one
+        raise
+
+
+def _request(method: str, path: str, body: object) -> bytes:
+    """In one piece, so that it goes out in one write."""
+    lines = [f"{method} {path} HTTP/1.1", "Host: vmferry", "Accept: application/json", "Connection: close"]
+    data = b"" if body is None else json.dumps(body).encode()
+    if body is not None:
+        lines += ["Content-Type: application/json", f"Content-Length: {len(data)}"]
+    return "\r\n".join([*lines, "", ""]).encode("ascii") + data
+
+
+def _connect(endpoint: Endpoint, timeout_s: float, context: ssl.SSLContext | None) -> socket.socket:
+    trusted = None if endpoint.socket else context or _tls_context(endpoint)
+    try:
+        if trusted is None:
+            return _connect_unix(str(endpoint.socket), timeout_s)
+        plain = socket.create_connection(split_address(endpoint.address), timeout_s)
+        # judged by the host's name: an address is any host's that holds it
+        return trusted.wrap_socket(plain, server_hostname=endpoint.name)
     except OSError as error:
-        connection.close()
         raise _unreachable(endpoint, error) from error
+
+
+def _connect_unix(path: str, timeout_s: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_s)
+        connection.connect(path)
+    except BaseException:
+        connection.close()
+        raise
     return connection
 
 
@@ -137,7 +141,12 @@ def _distrust(endpoint: Endpoint, error: Exception) -> VmferryError | None:
     """Why TLS came to nothing, if that is what the error tells; with TLS 1.3 the server may say so late."""
     if endpoint.socket:
         return None
+    import ssl
+
     from vmferry.api import pki
+
+    if isinstance(error, ssl.SSLEOFError | ssl.SSLZeroReturnError):
+        return None  # a connection that broke: nobody said anything about trust
 
     return pki.tls_problem(error, f"{endpoint.name} ({endpoint.where})")
 
