@@ -56,7 +56,7 @@ def _store(vm_dir: Path, source: Path) -> str:
 
 def _write(vm_dir: Path, name: str, data: bytes) -> None:
     target = vm_dir / name
-    if target.exists() and target.stat().st_size == len(data):
+    if target.is_file() and target.read_bytes() == data:
         return
     part = vm_dir / f".{name}.{secrets.token_hex(4)}.part"
     with translated("write", target):

@@ -128,7 +128,7 @@ def _in_order(extents: Iterable[Extent]) -> list[tuple[int, int]]:
 
 
 def _whole_chunks(ranges: Iterable[tuple[int, int]], chunk: int, size: int) -> Iterator[tuple[int, int]]:
-    """The ranges (in order) widened to whole chunks, neighbours merged; what lies outside the disk is left out. Pure."""
+    """The ranges (in order) widened to whole chunks, neighbours merged; outside the disk there is nothing. Pure."""
     begin = end = -1
     for offset, length in ranges:
         if offset < 0 or length <= 0 or offset >= size:

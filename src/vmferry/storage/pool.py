@@ -11,10 +11,12 @@ import asyncio
 import os
 import secrets
 import stat
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 from vmferry.model.errors import Refused, WrongInput
 from vmferry.model.names import require_name
@@ -36,6 +38,7 @@ __all__ = [
     "observe_image",
 ]
 
+T = TypeVar("T")
 _FORMATS = ("qcow2", "raw")
 _SECTOR = 512
 _LARGEST_BYTES = 1 << 60
@@ -176,12 +179,28 @@ class DirectoryPool:
     @asynccontextmanager
     async def _new_file(self, target: Path) -> AsyncIterator[tuple[int, str]]:
         """A directory's descriptor and a path through it for qemu-img; what is there at the end becomes `target`."""
-        draft = await asyncio.to_thread(pool_files.begin_file, self.path, target, self.owner)
+        draft = await _to_its_end(partial(pool_files.begin_file, self.path, target), pool_files.abandon_file)
         try:
             yield draft.directory_fd, draft.path
-            await asyncio.to_thread(pool_files.finish_file, draft, self.owner)
+            await _to_its_end(
+                partial(pool_files.finish_file, draft, self.owner), partial(pool_files.remove_file, self.path)
+            )
         finally:
-            pool_files.abandon_file(draft)
+            await asyncio.shield(asyncio.to_thread(pool_files.abandon_file, draft))
+
+
+async def _to_its_end(act: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """`act` in a thread. A cancelled caller waits for its end, because it uses descriptors, and then for `undo`."""
+    task = asyncio.ensure_future(asyncio.to_thread(act))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait({task})
+        if task.exception() is None:
+            await asyncio.shield(asyncio.to_thread(undo, task.result()))
+        raise
 
 
 def _list_images(pool: Path) -> tuple[PoolImage, ...]:

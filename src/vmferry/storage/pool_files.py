@@ -121,7 +121,7 @@ def open_vm_dir(pool: Path, vm_id: str) -> Iterator[int]:
         os.close(fd)
 
 
-def begin_file(pool: Path, target: Path, owner: Owner) -> Draft:
+def begin_file(pool: Path, target: Path) -> Draft:
     """Makes the VM's directory and reserves a hidden name in it. Raises Conflict `exists` if there is a target."""
     vm_id, name = split_path(pool, target)
     with translated("create", target):
@@ -142,8 +142,8 @@ def begin_file(pool: Path, target: Path, owner: Owner) -> Draft:
     return Draft(fd, part, f"/proc/self/fd/{fd}/{part}", target)
 
 
-def finish_file(draft: Draft, owner: Owner) -> None:
-    """Gives the file its owner and its name, durably. Raises Conflict `exists`."""
+def finish_file(draft: Draft, owner: Owner) -> Path:
+    """Gives the file its owner and its name, durably; its path. Raises Conflict `exists`."""
     with translated("create", draft.target):
         fd = os.open(draft.part, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=draft.directory_fd)
         try:
@@ -160,6 +160,7 @@ def finish_file(draft: Draft, owner: Owner) -> None:
         )  # fmt: skip
         os.unlink(draft.part, dir_fd=draft.directory_fd)
         os.fsync(draft.directory_fd)
+    return draft.target
 
 
 def abandon_file(draft: Draft) -> None:

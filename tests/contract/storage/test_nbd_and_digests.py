@@ -180,6 +180,27 @@ def test_written_chunks_alone_are_read_again(image: Path, tmp_path: Path) -> Non
         assert with_part(before, reversed(dirty), sent) == after
 
 
+def test_a_bitmap_that_still_records_can_be_watched(image: Path) -> None:
+    """QEMU refuses an enabled bitmap of a writable node by name only, but takes it as {node, name}.
+
+    So export and connection can be there before the guest stops, and the stop costs one request.
+    """
+    with storage_daemon(image, "raw") as (qmp, sock):
+        node = {"node-name": "d0"}
+        qmp.call("block-export-add", type="nbd", id="w", **node, name="guest", writable=True)
+        qmp.call("block-dirty-bitmap-add", node="d0", name="live")
+        with pytest.raises(RuntimeError, match="incompatible with readonly export"):
+            qmp.call("block-export-add", type="nbd", id="r", **node, name="disk", writable=False, bitmaps=["live"])
+        bitmaps = [{"node": "d0", "name": "live"}]
+        qmp.call("block-export-add", type="nbd", id="r", **node, name="disk", writable=False, bitmaps=bitmaps)
+        with connect(sock, ALLOCATION, bitmap_context("live")) as client:
+            before = digest_disk(client)
+            assert dirty_extents(client, "live") == ()
+            qemu_io(f"nbd+unix:///guest?socket={sock}", "write -P 7 10M 64k")
+            assert dirty_extents(client, "live") == (Extent(10 * MIB, 65536, 1),)
+            assert redigest(client, before, dirty_extents(client, "live")) == digest_disk(client)
+
+
 def test_large_dirty_areas_of_zeros_are_not_read(tmp_path: Path) -> None:
     image = make_raw(tmp_path / "z.raw", {}, 256 * MIB)
     read: list[int] = []
