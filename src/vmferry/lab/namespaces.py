@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from vmferry.lab import daemons, processes
 from vmferry.lab.layout import (
@@ -85,17 +85,17 @@ def lab_up(
     """
     layout = require_layout(prefix, hosts, link_bps, accel)
     _require_root()
-    with _locked(layout):
+    with _locked(layout) as lock:
         kept = _read_record(prefix)
         if kept is not None and _all_namespaces(kept.layout):
             if kept.layout != layout:
                 raise Conflict("lab-differs", "A lab of another shape is up.", "Take it down first: vmferry lab down.")
             return _ensure_daemons(kept) if with_daemons else kept
-        _remove_everything(prefix)
+        _remove_everything(prefix, lock)
         try:
-            return _build(layout, with_daemons)
+            return _build(layout, with_daemons, lock)
         except BaseException:
-            _remove_everything(prefix, keep_logs=True)
+            _remove_everything(prefix, lock, keep_logs=True)
             raise
 
 
@@ -103,8 +103,9 @@ def lab_down(prefix: str = DEFAULT_PREFIX) -> None:
     """Stops and removes all of the lab, whatever state it is in. Idempotent. Raises Failed `lab-process-stuck`."""
     layout = require_layout(prefix, 1, 10**9)
     _require_root()
-    with _locked(layout):
-        _remove_everything(prefix)
+    with _locked(layout) as lock:
+        _remove_everything(prefix, lock)
+        layout.lock.unlink()
 
 
 def lab_status(prefix: str = DEFAULT_PREFIX) -> LabState:
@@ -161,10 +162,11 @@ def resume_daemon(prefix: str, host_name: str) -> Process:
         return _ensure_daemons(state, only=host.name).daemons[host.name]
 
 
-def _build(layout: LabLayout, with_daemons: bool) -> LabState:
+def _build(layout: LabLayout, with_daemons: bool, lock: TextIO) -> LabState:
     layout.run_root.mkdir(parents=True, exist_ok=True)
     layout.state_root.mkdir(parents=True, exist_ok=True)
-    build_network(layout)
+    with _kept_by_tools(lock):
+        build_network(layout)
     for host in layout.hosts:
         daemons.write_host_config(host)
     daemons.write_identities(layout)
@@ -199,11 +201,32 @@ def _require_root() -> None:
 
 
 @contextlib.contextmanager
-def _locked(layout: LabLayout) -> Iterator[None]:
+def _locked(layout: LabLayout) -> Iterator[TextIO]:
     layout.lock.parent.mkdir(parents=True, exist_ok=True)
-    with layout.lock.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    while True:
+        with layout.lock.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not _is_at(lock, layout.lock):
+                continue  # a `lab down` has removed it while we waited: this lock locks nothing any more
+            yield lock
+            return
+
+
+def _is_at(opened: TextIO, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(opened.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextlib.contextmanager
+def _kept_by_tools(lock: TextIO) -> Iterator[None]:
+    """If we are killed, an `ip` that we started goes on: the lock is free only once that has ended too."""
+    os.set_inheritable(lock.fileno(), True)
+    try:
         yield
+    finally:
+        os.set_inheritable(lock.fileno(), False)
 
 
 def _all_namespaces(layout: LabLayout) -> bool:
@@ -235,16 +258,17 @@ def _read_record(prefix: str) -> LabState | None:
         return None  # no lab, or one that was not finished: lab_up and lab_down clear it away
 
 
-def _remove_everything(prefix: str, keep_logs: bool = False) -> None:
+def _remove_everything(prefix: str, lock: TextIO, keep_logs: bool = False) -> None:
     layout = LabLayout(prefix)
     layout.record.unlink(missing_ok=True)
     layout.client_config.unlink(missing_ok=True)
     # Again until none is found: what is being ended may have started something.
     while found := processes.find_lab_processes(prefix):
         processes.end_processes(found)
-    for namespace in existing_namespaces(prefix):
-        _remove_namespace(namespace)
-    _unmount_below(layout.state_root)
+    with _kept_by_tools(lock):
+        for namespace in existing_namespaces(prefix):
+            _remove_namespace(namespace)
+        _unmount_below(layout.state_root)
     if keep_logs:
         _keep_logs(layout)
     else:

@@ -21,7 +21,8 @@ _BRIDGE = "type bridge stp_state 0 mcast_snooping 0 forward_delay 0"
 def run_tool(argv: Sequence[str], script: str | None = None) -> str:
     """Runs a tool, gives its standard output. Raises Failed `lab-tool-failed` with the tool's last words."""
     try:
-        done = subprocess.run(argv, input=script, capture_output=True, text=True, check=False)
+        # close_fds=False: it inherits what is meant for it, the lab's lock (lab.namespaces), and nothing else
+        done = subprocess.run(argv, input=script, capture_output=True, text=True, check=False, close_fds=False)
     except FileNotFoundError as missing:
         raise Failed("lab-tool-failed", f"The program {argv[0]} is not installed.", "Run ./dev setup.") from missing
     if done.returncode != 0:
