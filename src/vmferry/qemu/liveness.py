@@ -1,14 +1,15 @@
 """Whether a guest's vCPUs get on: QMP's "running" is no proof of it.
 
-What it proves: the thread of a vCPU was on a CPU of the host since the first look, so the vCPU executes, or wakes up
-from a halt because the guest's timers reach it. It does not prove that the guest does what it should: one that spins in
-a loop, or has panicked with interrupts on, passes. One that is halted with interrupts off, or whose threads do not run
-at all, fails.
+What it proves: the thread of a vCPU was on a CPU of the host since the first look, and not every vCPU is halted with
+interrupts off. So one executes, or wakes up because the guest's timers reach it. It does not prove that the guest does
+what it should: one that spins in a loop, or has panicked with interrupts on, passes. (The threads' time alone would not
+do: an interrupt that comes to a vCPU which is halted for good wakes its thread all the same, under TCG at least.)
 """
 
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from vmferry.qemu.monitor import Monitor
 from vmferry.qemu.process import GuestProcess
 
 _LOOK_EVERY_S = 0.02
+_HALT = re.compile(r"[ER]FL=([0-9a-f]+).*?HLT=(\d)", re.DOTALL)
+_INTERRUPT_FLAG = 0x200
 
 
 async def observe_vcpu_threads(monitor: Monitor) -> tuple[int, ...]:
@@ -46,11 +49,22 @@ async def wait_vcpus_advance(process: GuestProcess, monitor: Monitor, deadline_s
     while time.monotonic() < until:
         await asyncio.sleep(_LOOK_EVERY_S)
         now = read_vcpu_time(process.pid, threads)
-        if any(later > earlier for earlier, later in zip(before, now, strict=True)):
+        ran = any(later > earlier for earlier, later in zip(before, now, strict=True))
+        if ran and not await observe_dead_halt(monitor):
             return True
         if not process.running:
             return False
     return False
+
+
+async def observe_dead_halt(monitor: Monitor) -> bool:
+    """Whether all vCPUs are halted with interrupts off now: only a reset gets such a guest on.
+
+    From the human monitor's register dump (QMP has nothing like it); False where that has another form.
+    """
+    dump = str(await monitor.execute("human-monitor-command", command_line="info registers -a"))
+    found = [halted == "1" and not int(flags, 16) & _INTERRUPT_FLAG for flags, halted in _HALT.findall(dump)]
+    return bool(found) and all(found)
 
 
 def _ran_ns(task: Path) -> int:

@@ -113,11 +113,15 @@ class GuestProcess:
 
     def terminate(self) -> None:
         """SIGTERM: QEMU flushes its disks and ends. Returns at once; an ended process is fine."""
-        send_signal(self._pidfd, signal.SIGTERM)
+        self._signal(signal.SIGTERM)
 
     def kill(self) -> None:
         """SIGKILL. Returns at once; an ended process is fine."""
-        send_signal(self._pidfd, signal.SIGKILL)
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: signal.Signals) -> None:
+        if self._pidfd >= 0:
+            send_signal(self._pidfd, number)
 
     async def close(self) -> None:
         """Lets go of the process without touching it: monitors and descriptors of ours are closed."""
