@@ -159,15 +159,26 @@ def owner(session: Session, name: str) -> tuple[HostClient, VmView]:
     if not found:
         raise _none_has(answers, f"VM “{name}”", "no-such-vm", "vmferry vm list shows all of them.")
     _say_silent(answers)
-    claims = {view.host for _, view in found}
-    if len(claims) > 1:
+    owners = newest([view for _, view in found])
+    if len(owners) > 1:
         raise Conflict(
             "claimed-twice",
-            f"VM “{name}” is claimed by {' and '.join(sorted(claims))}.",
+            f"VM “{name}” is claimed by {' and '.join(sorted(view.host for view in owners))}.",
             "Name the one you mean with --host; vmferry migration list shows a migration that is not settled.",
         )
-    endpoint, view = next((pair for pair in found if pair[0].name == pair[1].host), found[0])
-    return HostClient(endpoint), view
+    return next((HostClient(endpoint), view) for endpoint, view in found if view is owners[0])
+
+
+def newest(views: Sequence[VmView]) -> list[VmView]:
+    """The views without those that are outdated: a VM's newer generation is elsewhere (the end of a migration)."""
+    generations: dict[str, int] = {}
+    for view in views:
+        generations[view.spec.id] = max(view.spec.generation, generations.get(view.spec.id, 0))
+    kept: dict[tuple[str, str], VmView] = {}
+    for view in views:  # by host too: one host may be configured under two names
+        if view.spec.generation == generations[view.spec.id]:
+            kept.setdefault((view.spec.id, view.host), view)
+    return list(kept.values())
 
 
 def _none_has(answers: Sequence[Answer[T]], what: str, code: str, fix: str) -> VmferryError:
@@ -215,5 +226,5 @@ def migrations(session: Session) -> list[MigrationView]:
 
 
 def unsettled(found: Sequence[Record]) -> list[Record]:
-    """The records that still wait for an outcome."""
-    return [record for record in found if record.view.outcome in (Outcome.UNKNOWN, Outcome.RUNNING)]
+    """The records that say their outcome is unknown."""
+    return [record for record in found if record.view.outcome is Outcome.UNKNOWN]

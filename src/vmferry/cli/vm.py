@@ -117,7 +117,7 @@ def list_vms(session: Session) -> None:
     """All VMs of all hosts."""
     from vmferry.cli import display, fleet, vm_view
 
-    views = fleet.gather(session, lambda client: client.vms())
+    views = fleet.newest(fleet.gather(session, lambda client: client.vms()))
     views.sort(key=lambda view: (view.spec.name, view.host))
     if session.as_json:
         display.document(views)

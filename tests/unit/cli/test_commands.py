@@ -51,7 +51,7 @@ def ended(outcome: Outcome, code: str = "", fix: str = "") -> MigrationView:
 
 def test_lists_are_of_all_hosts_and_silent_ones_are_said(hosts: Hosts, run: Run, tmp_path: Path) -> None:
     owning(hosts[0])
-    hosts[1].on("GET", "/v1/vms", [replace(VM, spec=replace(VM.spec, name="db1"), host="host2")])
+    hosts[1].on("GET", "/v1/vms", [replace(VM, spec=replace(VM.spec, name="db1", id="other"), host="host2")])
     done = run("vm", "list", "--json", "--config", str(tmp_path / "three.toml"))
     assert (done.status, [view["spec"]["name"] for view in done.document]) == (0, ["db1", "web1"])
     assert "host3" in done.err and "No daemon answers" in done.err
@@ -100,6 +100,15 @@ def test_two_hosts_claim_the_vm(hosts: Hosts, run: Run) -> None:
     assert (done.status, done.document["error"]["code"]) == (1, "claimed-twice")
     assert "host1 and host2" in done.err and "--host" in done.err
     assert run("vm", "show", "web1", "--json", "--host", "host2").document["host"] == "host2"
+
+
+def test_the_newer_generation_owns_the_vm(hosts: Hosts, run: Run) -> None:
+    moved = replace(VM, host="host2", spec=replace(VM.spec, generation=2))
+    owning(hosts[0])
+    hosts[1].on("GET", "/v1/vms/web1", moved).on("GET", "/v1/vms", [moved]).on("POST", "/v1/vms/web1/pause", moved)
+    assert run("vm", "show", "web1", "--json").document["host"] == "host2"
+    assert [view["host"] for view in run("vm", "list", "--json").document] == ["host2"]
+    assert run("vm", "pause", "web1").out == "web1 is paused on host2 (now running)\n"
 
 
 def test_what_a_host_refuses_is_said_with_its_fix(hosts: Hosts, run: Run) -> None:
