@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -23,6 +25,7 @@ class RunningGuest:
     memory: Path
     disk: Path
     console: Path
+    monitor: Path
 
     def wait_for_line(self, words: str, within_s: float = 60.0) -> str:
         deadline = time.monotonic() + within_s
@@ -43,6 +46,7 @@ def start_guest(lab: LabLayout, directory: Path, cmdline: str, memory_mib: int =
     namespace, tap = lab.hosts[0].namespace, "tapg"
     images = build_guest()
     memory, disk, console = directory / "memory", directory / "disk.raw", directory / "console"
+    monitor = directory / "qmp"
     if not disk.exists():
         with disk.open("wb") as made:
             made.truncate(64 << 20)
@@ -56,10 +60,25 @@ def start_guest(lab: LabLayout, directory: Path, cmdline: str, memory_mib: int =
     argv += ["-drive", f"file={disk},if=none,id=disk,format=raw", "-device", "virtio-blk-pci,drive=disk"]
     argv += ["-netdev", f"tap,id=net,ifname={tap},script=no,downscript=no"]
     argv += ["-device", f"virtio-net-pci,netdev=net,mac={MAC}"]
-    return RunningGuest(subprocess.Popen(argv, stdin=subprocess.DEVNULL), memory, disk, console)
+    argv += ["-qmp", f"unix:{monitor},server=on,wait=off"]
+    return RunningGuest(subprocess.Popen(argv, stdin=subprocess.DEVNULL), memory, disk, console, monitor)
 
 
 def end_guest(lab: LabLayout, guest: RunningGuest) -> None:
     guest.process.kill()
     guest.process.wait()
-    subprocess.run(["ip", "-n", lab.hosts[0].namespace, "link", "delete", "dev", "tapg"], check=False)
+    subprocess.run(
+        ["ip", "-n", lab.hosts[0].namespace, "link", "delete", "dev", "tapg"], stderr=subprocess.DEVNULL, check=False
+    )
+
+
+def press_power_button(guest: RunningGuest) -> None:
+    """What QMP's system_powerdown does: the ACPI button."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as monitor, monitor.makefile("rw") as lines:
+        monitor.connect(str(guest.monitor))
+        lines.readline()
+        for command in ("qmp_capabilities", "system_powerdown"):
+            lines.write(json.dumps({"execute": command}) + "\n")
+            lines.flush()
+            while "return" not in json.loads(lines.readline()):
+                pass  # an event

@@ -14,7 +14,7 @@ from vmferry.lab.guest import GuestImages, build_guest, guest_cmdline
 from vmferry.lab.guest_client import GuestClient, GuestStatus
 from vmferry.lab.layout import LabLayout
 
-from .rig import ADDRESS, RunningGuest, end_guest, start_guest
+from .rig import ADDRESS, RunningGuest, end_guest, press_power_button, start_guest
 
 PAGE_MAGIC = struct.pack("<Q", 0x5646504147453031)
 RECORD_MAGIC = struct.pack("<Q", 0x5646524543303031)
@@ -155,6 +155,17 @@ def test_goes_on_after_a_crash_and_powers_off(lab: LabLayout, guest: RunningGues
             assert status.disk.found > 10
             assert client.verify_disk().errors == 0
             client.power_off()
+        assert again.process.wait(timeout=30) == 0
+    finally:
+        end_guest(lab, again)
+
+
+def test_power_button_powers_off(lab: LabLayout, guest: RunningGuest, tmp_path: Path) -> None:
+    end_guest(lab, guest)
+    again = start_guest(lab, tmp_path, guest_cmdline(ip=f"{ADDRESS}/24"))
+    try:
+        again.wait_for_line("vf: ready")
+        press_power_button(again)
         assert again.process.wait(timeout=30) == 0
     finally:
         end_guest(lab, again)
