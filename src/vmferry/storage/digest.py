@@ -17,6 +17,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 
 import blake3
 import xxhash
@@ -149,7 +150,6 @@ def _digest_ranges(
     client: NbdClient, chunk: int, ranges: list[tuple[int, int]], chunks: bytearray, watch: Watch
 ) -> None:
     """Writes the digests of the ranges (whole chunks) into `chunks`."""
-    zeros = {chunk: xxhash.xxh3_128_digest(bytes(chunk))}
     digest = xxhash.xxh3_128_digest
     done = 0
     for offset, view in client.stream(ranges, max(_STEP_BYTES, chunk)):
@@ -158,12 +158,16 @@ def _digest_ranges(
         for start in range(0, length, chunk):
             piece = view[start : start + chunk]
             value = digest(piece)
-            if len(piece) != chunk and len(piece) not in zeros:
-                zeros[len(piece)] = digest(bytes(len(piece)))
-            chunks[place : place + _DIGEST_BYTES] = _ZERO if value == zeros[len(piece)] else value
+            chunks[place : place + _DIGEST_BYTES] = _ZERO if value == _digest_of_zeros(len(piece)) else value
             place += _DIGEST_BYTES
         done += length
         watch.tell(done)
+
+
+@cache
+def _digest_of_zeros(length: int) -> bytes:
+    """Only for a chunk and for the shorter one at a disk's end."""
+    return xxhash.xxh3_128_digest(bytes(length))
 
 
 def compare(one: DiskDigests, other: DiskDigests, limit: int = 16) -> tuple[int, ...]:
