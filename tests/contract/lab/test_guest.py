@@ -145,6 +145,8 @@ def test_finds_damage_in_the_fill(guest: RunningGuest, client: GuestClient) -> N
 
 def test_goes_on_after_a_crash_and_powers_off(lab: LabLayout, guest: RunningGuest, tmp_path: Path) -> None:
     """Killed while writing, the next boot finds all records; then only verifies; then powers off when told."""
+    with GuestClient(ADDRESS, lab.client_namespace) as client:
+        wait_for(client, lambda now: now.disk.written > 10)
     end_guest(lab, guest)
     (tmp_path / "disk.raw").write_bytes(guest.disk.read_bytes())
     again = start_guest(lab, tmp_path, guest_cmdline(ip=f"{ADDRESS}/24", disk="verify"))
