@@ -27,15 +27,18 @@ def command() -> None:
 @command.command("up", epilog=example("vmferry lab up", "vmferry lab up --hosts 2 --link 500mbit --json"))
 @click.option("--hosts", type=int, default=3, show_default=True, help="How many hosts.")
 @click.option("--link", metavar="RATE", default="1gbit", show_default=True, help="Speed of the migration network.")
+@click.option(
+    "--accel", type=click.Choice(["auto", "kvm", "tcg"]), default="auto", show_default=True, help="Of guests."
+)
 @_prefix
 @common
-def up(session: Session, hosts: int, link: str, prefix: str) -> None:
+def up(session: Session, hosts: int, link: str, accel: str, prefix: str) -> None:
     """Brings the lab up, or completes it; in it the commands work without further options."""
     from vmferry.cli import display
     from vmferry.lab.namespaces import lab_up
     from vmferry.model.units import parse_rate_bps
 
-    state = lab_up(hosts, parse_rate_bps(link), prefix)
+    state = lab_up(hosts, parse_rate_bps(link), prefix, accel=accel)
     if session.as_json:
         display.document(state.document())
     else:
