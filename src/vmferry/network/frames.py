@@ -22,7 +22,7 @@ ETH_P_ALL: Final = 0x0003
 _SOL_PACKET: Final = 263
 _PACKET_STATISTICS, _PACKET_AUXDATA, _PACKET_VNET_HDR = 6, 8, 15
 _PACKET_QDISC_BYPASS, _PACKET_IGNORE_OUTGOING = 20, 23
-_SO_RCVBUFFORCE, _SO_SNDBUFFORCE, _SO_ATTACH_FILTER = 33, 32, 26
+_SO_RCVBUFFORCE, _SO_SNDBUFFORCE, _SO_ATTACH_FILTER, _SO_TIMESTAMPNS = 33, 32, 26, 35
 _AUXDATA: Final = struct.Struct("=IIIHHHH")
 _TP_STATUS_VLAN_VALID: Final = 0x10
 _LARGEST_FRAME: Final = 65536 + 4096
@@ -50,6 +50,7 @@ def _open(device: str, protocol: int, program: tuple[tuple[int, int, int, int], 
             sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _BUFFER_BYTES)
             sock.setsockopt(_SOL_PACKET, _PACKET_VNET_HDR, 1)
             sock.setsockopt(_SOL_PACKET, _PACKET_AUXDATA, 1)
+            sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             sock.bind((device, protocol))
         except BaseException:
             sock.close()
@@ -128,15 +129,19 @@ class FrameRecorder(_Owner):
 
     def take(self) -> list[bytes]:
         """The frames recorded and not yet taken, in order, with metadata. Raises Failed `frames-unread`."""
-        frames: list[bytes] = []
+        return [frame for frame, _ in self.take_stamped()]
+
+    def take_stamped(self) -> list[tuple[bytes, float]]:
+        """Like `take`, each frame with the time (seconds since 1970) at which it went into the device."""
+        frames: list[tuple[bytes, float]] = []
         while True:
             try:
-                data, ancillary, _, _ = self._socket.recvmsg(_LARGEST_FRAME, 64)
+                data, ancillary, _, _ = self._socket.recvmsg(_LARGEST_FRAME, 128)
             except BlockingIOError:
                 return frames
             except OSError as error:
                 raise Failed("frames-unread", f"Recorded frames cannot be read ({error.strerror}).") from error
-            frames.append(with_vlan_tag(data, ancillary))
+            frames.append((with_vlan_tag(data, ancillary), _time_of(ancillary)))
 
     async def wait(self, seconds: float) -> bool:
         """Whether a frame is there to be taken, after at most that time."""
@@ -165,6 +170,14 @@ class FrameRecorder(_Owner):
         """Call it in the event loop if `call_on_arrival` was used."""
         self.ignore_arrival()
         super().close()
+
+
+def _time_of(ancillary: list[tuple[int, int, bytes]]) -> float:
+    for level, kind, payload in ancillary:
+        if level == socket.SOL_SOCKET and kind == _SO_TIMESTAMPNS:
+            seconds, nanoseconds = struct.unpack("=qq", payload[:16])
+            return float(seconds + nanoseconds / 1e9)
+    return 0.0
 
 
 def with_vlan_tag(data: bytes, ancillary: list[tuple[int, int, bytes]]) -> bytes:

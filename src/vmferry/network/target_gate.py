@@ -55,6 +55,7 @@ class TargetGate:
         self._prepared: _Prepared | None = None
         self._returned = 0
         self._announced = False
+        self._dropped_in_tunnel = 0
 
     async def prepare(self) -> None:
         """Tunnel into the new port, the port in its switch but deaf to it, everything built that `plug` needs.
@@ -121,6 +122,8 @@ class TargetGate:
         """After RESUME: the port takes broadcasts from its own switch, no longer through the tunnel; the network is
         told (once: see `announcer` for rounds). Gives back the announcements accepted. Raises KernelRefused."""
         prepared = self._ready()
+        if not self._announced:
+            self._dropped_in_tunnel = self._tunnel_drops()
         prepared.take_over.fire(accept=_NONE)
         self._announced = True
         return prepared.announcer.send()
@@ -162,13 +165,18 @@ class TargetGate:
         port = observe_link_by_index(self._netlink, self._port.ifindex)
         found = observe_redirects(self._netlink, tunnel.index, CLSACT_INGRESS)
         unicast, group = found.get(_UNICAST_PRIORITY), found.get(_GROUP_PRIORITY)
-        dropped = port.stat("tx_dropped") + tunnel.stat("rx_dropped") + tunnel.stat("rx_errors")
+        # After `announce` the tunnel drops broadcasts on purpose, and the kernel counts them as any other drop.
+        in_tunnel = self._dropped_in_tunnel if self._announced else self._tunnel_drops()
         return GateCounters(
             frames=unicast.frames if unicast else 0,
             bytes=unicast.bytes if unicast else 0,
             others=group.frames if group else 0,
-            dropped=dropped,
+            dropped=port.stat("tx_dropped") + in_tunnel,
         )
+
+    def _tunnel_drops(self) -> int:
+        tunnel = observe_link_by_index(self._netlink, self._ready().tunnel_index)
+        return tunnel.stat("rx_dropped") + tunnel.stat("rx_errors")
 
     async def release(self) -> None:
         """Ends the tunnel. The port stays; if it was never announced it leaves its switch. Idempotent."""

@@ -1,13 +1,15 @@
-"""Two hosts, a client and a switch in network namespaces of their own, for one test; all of it is removed at its end."""
+"""Two hosts, a client and a switch in network namespaces of their own, for one test; all are removed at its end."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import secrets
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -125,6 +127,12 @@ class Segment:
             self.ip(name, "address", "add", f"10.99.0.{number}/24", "dev", "mig0")
             self.ip(name, "link", "set", "dev", "mig0", "up")
 
+    def packets(self, namespace: str) -> int:
+        """All frames that crossed the veth links of a namespace so far, in and out."""
+        links = json.loads(self.ip(namespace, "-json", "-s", "link"))
+        veths = [link["stats64"] for link in links if link["ifname"].startswith("p-")]
+        return sum(stats["rx"]["packets"] + stats["tx"]["packets"] for stats in veths)
+
     def address(self, host: Worker) -> str:
         return "10.99.0.1" if host is self.a else "10.99.0.2"
 
@@ -169,13 +177,9 @@ class Verdict:
     def __init__(self, sent: list[list[Any]], got: list[list[Any]]) -> None:
         numbers = [number for _, _, number, _ in got]
         self.lost = sorted({number for _, number in sent} - set(numbers))
-        self.duplicates = (
-            sorted({number for number in numbers if numbers.count(number) > 1})
-            if len(set(numbers)) != len(numbers)
-            else []
-        )
+        self.duplicates = sorted(number for number, times in Counter(numbers).items() if times > 1)
         self.damaged = [number for _, _, number, whole in got if not whole]
-        self.disordered = [later for earlier, later in zip(numbers, numbers[1:], strict=False) if later < earlier]
+        self.disordered = [later for earlier, later in itertools.pairwise(numbers) if later < earlier]
 
     def __repr__(self) -> str:
         return f"lost {self.lost}, duplicates {self.duplicates}, damaged {self.damaged}, out of order {self.disordered}"

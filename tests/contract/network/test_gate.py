@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
-from .segment import MAC, Segment, Worker, verdict
+from .segment import MAC, Segment, Worker, until, verdict
 
 
 async def migrate(segment: Segment, source: Worker, target: Worker, old: str, new: str, migration: str = "m1") -> int:
@@ -90,3 +91,118 @@ async def test_a_rollback_loses_no_frame(tmp_path: Path, swallow: bool) -> None:
         print(found)
         await segment.guest.call("stop", label="old")
     assert not found.lost and not found.duplicates and not found.damaged
+
+
+@pytest.mark.parametrize("rollback", [False, True])
+async def test_the_frame_qemu_reads_after_stop_is_not_lost(tmp_path: Path, rollback: bool) -> None:
+    """The guest stops while the gate is still open, as when QEMU chooses the moment."""
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.client.call("start", mac=MAC, rate=2000, kinds="u")
+        await segment.received(100)
+        await segment.prepare(segment.a, segment.b, "old", "new")
+        await segment.a.call("source.arm")
+        await segment.received(20)
+        before = time.time()
+        await segment.guest.call("stop", label="old")
+
+        async def swallowed() -> bool:
+            return bool(await segment.guest.call("swallow", label="old"))
+
+        await until(swallowed, "a frame after the stop")
+        await segment.b.call("target.plug")
+        await segment.a.call("source.close")
+        assert await segment.a.call("source.drain", stopping_since=before) >= 1
+        await segment.held(segment.b, 20)
+        if rollback:
+            await segment.a.call("source.reclaim")
+            returned = await segment.b.call("target.return_frames")
+            await segment.a.call("source.reopen", returned=returned)
+        await segment.guest.call("run", label="old" if rollback else "new")
+        await segment.received(100)
+        found = await verdict(segment)
+        await segment.guest.call("stop", label="old" if rollback else "new")
+    assert not found.lost and not found.duplicates and not found.damaged, found
+
+
+async def test_the_source_going_on_forwarding_can_be_ended_when_it_is_quiet(tmp_path: Path) -> None:
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.client.call("start", mac=MAC, rate=500, kinds="uub")
+        await segment.received(20)
+        await migrate(segment, segment.a, segment.b, "old", "new")
+        before = await segment.a.call("source.traffic")
+        await segment.received(100)
+        after = await segment.a.call("source.traffic")
+        assert after["frames"] == before["frames"]
+        assert after["others"] > before["others"]  # broadcasts still come to the old host; they end with release
+        assert after["dropped"] == 0 and (await segment.b.call("target.traffic"))["dropped"] == 0
+        await finish(segment, segment.a, segment.b, "old")
+        assert not [link for link in segment.ip("a", "-o", "link").splitlines() if "vg" in link or "vf" in link]
+        assert not [link for link in segment.ip("b", "-o", "link").splitlines() if "vg" in link]
+        await segment.received(50)
+        assert not (await verdict(segment)).lost
+        await segment.guest.call("stop", label="new")
+
+
+async def test_a_full_ring_is_counted(tmp_path: Path) -> None:
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.client.call("start", mac=MAC, rate=2000, kinds="u")
+        await segment.b.call("port", vm="new", mac=MAC, plugged=False, txqueuelen=10)
+        await segment.hand_over(segment.b, "new")
+        await segment.b.call("make_target", vm="new", migration="m", local="10.99.0.2", remote="10.99.0.1")
+        await segment.a.call("make_source", vm="old", migration="m", local="10.99.0.1", remote="10.99.0.2")
+        await segment.b.call("target.plug")
+        await segment.a.call("source.close")
+        await segment.held(segment.b, 50)
+        sent = await segment.client.call("stop")
+        await segment.guest.call("stop", label="old")
+        await segment.guest.call("run", label="new", talk=False)
+
+        async def all_accounted() -> bool:
+            dropped = (await segment.b.call("target.traffic"))["dropped"]
+            return bool(dropped > 0 and dropped + await segment.guest.call("count") == len(sent))
+
+        await until(all_accounted, "every frame received or counted as dropped")
+        await segment.guest.call("stop", label="new")
+
+
+async def test_killed_daemons_leave_nothing_that_is_not_cleaned(tmp_path: Path) -> None:
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.client.call("start", mac=MAC, rate=500, kinds="u")
+        await segment.received(20)
+        await begin(segment, swallow=False)
+        await segment.a.kill()
+        await segment.b.kill()
+        segment.a, segment.b = await segment.worker("a", "host"), await segment.worker("b", "host")
+        assert await segment.a.call("leftovers", alive=["new", "m1"]) == []
+        removed = await segment.a.call("leftovers", alive=[])
+        assert len(removed) == 2 and await segment.a.call("leftovers", alive=[]) == []
+        assert len(await segment.b.call("leftovers", alive=[])) == 1
+        assert "vg" not in segment.ip("a", "-o", "link") + segment.ip("b", "-o", "link")
+        await segment.guest.call("die", label="new")
+        await segment.a.call("announce", mac=MAC)
+        await segment.guest.call("run", label="old")  # the guest lives on and hears again
+        await segment.received(50)
+        await segment.client.call("stop")
+        await segment.guest.call("stop", label="old")
+        await segment.guest.call("die", label="old")
+        assert await segment.a.call("names") == [] and await segment.b.call("names") == []
+
+
+async def test_no_storm(tmp_path: Path) -> None:
+    """Broadcasts while everything is plugged and tunnelled: each crosses every link of the switch once."""
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.prepare(segment.a, segment.b, "old", "new")
+        await segment.b.call("target.plug")
+        await segment.a.call("source.close")
+        before = segment.packets("sw")
+        await segment.client.call("start", mac=MAC, rate=2000, kinds="b")
+        await segment.held(segment.b, 300)
+        sent = await segment.client.call("stop")
+        await segment.guest.call("stop", label="old")
+        crossed = segment.packets("sw") - before
+        assert crossed < 4 * len(sent) + 100  # in once, out to both hosts (and the switch itself), nothing more

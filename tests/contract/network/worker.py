@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from vmferry.model.errors import VmferryError
+from vmferry.network.announce import Announcer, announcement_frames
 from vmferry.network.gate import SourceGate, TargetGate, TunnelSpec, remove_leftovers
 from vmferry.network.netlink import Netlink
 from vmferry.network.ports import Port, PortRequest, close_port, create_port, list_ports
@@ -81,6 +82,10 @@ class Host:
 
     async def leftovers(self, alive: list[str]) -> list[str]:
         return list(await remove_leftovers(self.netlink, alive))
+
+    async def announce(self, mac: str) -> None:
+        with Announcer(("up0",), announcement_frames(mac)) as announcer:
+            announcer.send()
 
     async def listen(self, mtu: int) -> str:
         self.listener = PathProbeListener(self.netlink, "br0", mtu)
