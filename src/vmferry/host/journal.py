@@ -202,18 +202,20 @@ class Journal:
         it and `state-changed` when the record is not in `record.state` any more.
         """
         require_transition(record.role, record.state, new)
+        taken = record.was_taken or (record.role is Role.TARGET and new is RecordState.TAKEN)
+        moved = replace(record, state=new, was_taken=taken)
 
         def work(db: sqlite3.Connection) -> None:
             changed = db.execute(
-                "UPDATE migration SET state=? WHERE id=? AND role=? AND state=?",
-                (new, record.id, record.role, record.state),
+                "UPDATE migration SET state=?, record=? WHERE id=? AND role=? AND state=?",
+                (new, _dump(moved), record.id, record.role, record.state),
             ).rowcount
             if changed != 1:
                 raise Conflict("state-changed", f"Migration {record.id} is not {record.state} any more.", "Look again.")
             _apply_to_vm(db, record, new, wanted)
 
         await self._write(work)
-        return replace(record, state=new)
+        return moved
 
     async def save_view(self, view: MigrationView) -> None:
         """What is shown of a migration; kept so that it is still there after a restart."""
@@ -268,15 +270,18 @@ class Journal:
         """Keeps a join token's hash and expiry."""
         await self._write(lambda db: db.execute("INSERT INTO token VALUES (?,?)", (token_id, json.dumps(record))))
 
-    async def take_token(self, token_id: str) -> Any | None:
-        """The token's record, removed in the same transaction: a token works once. None if there is none."""
+    async def list_tokens(self) -> list[Any]:
+        """The records of all join tokens that were not used."""
+        return await self._write(lambda db: [json.loads(row[0]) for row in db.execute("SELECT record FROM token")])
 
-        def work(db: sqlite3.Connection) -> Any | None:
-            row = db.execute("SELECT record FROM token WHERE id=?", (token_id,)).fetchone()
-            db.execute("DELETE FROM token WHERE id=?", (token_id,))
-            return json.loads(row[0]) if row else None
+    async def take_token(self, token_id: str) -> None:
+        """Removes a token: it works once. Raises Conflict `token-used`."""
 
-        return await self._write(work)
+        def work(db: sqlite3.Connection) -> None:
+            if db.execute("DELETE FROM token WHERE id=?", (token_id,)).rowcount != 1:
+                raise Conflict("token-used", "This join token was used already.", "Make a new one on the CA's host.")
+
+        await self._write(work)
 
 
 _SELECT_VM = "SELECT spec, owned, wanted, pid, start_ticks FROM vm"
@@ -312,6 +317,9 @@ def _apply_to_vm(db: sqlite3.Connection, record: MigrationRecord, new: RecordSta
     if record.role is Role.TARGET:
         if new is RecordState.TAKEN:
             _insert_vm(db, replace(record.spec, generation=record.generation), wanted)
+            # In the same transaction: a guest whose process nobody knows could be started a second time.
+            process = (record.reserved.pid, record.reserved.start_ticks, record.vm_id)
+            db.execute("UPDATE vm SET pid=?, start_ticks=? WHERE id=?", process)
         return
     if new is RecordState.HANDED_OVER:
         db.execute("UPDATE vm SET owned=0 WHERE id=?", (record.vm_id,))

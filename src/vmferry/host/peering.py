@@ -17,9 +17,11 @@ import aiohttp
 from aiohttp import web
 
 from vmferry.api.codec import decode, encode, error_from_problem, problem
+from vmferry.host import log
 from vmferry.migration import messages
 from vmferry.migration.messages import REPLIES, Request
 from vmferry.model.errors import Failed, OutcomeUnknown, Unreachable, VmferryError, WrongInput
+from vmferry.model.views import HostView
 
 R = TypeVar("R")
 PEER_PATH = "/v1/peer"
@@ -51,6 +53,7 @@ class WebSocketLink:
         self._next = 0
         self._rtt_ms = float("inf")
         self._lost: str | None = None
+        self._ended = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
 
     @property
@@ -100,6 +103,11 @@ class WebSocketLink:
         self._rtt_ms = min(self._rtt_ms, (time.monotonic() - started) * 1000)
         return decode(reply, answer)
 
+    async def wait_lost(self) -> VmferryError:
+        """See PeerLink.wait_lost."""
+        await self._ended.wait()
+        return self._unknown(self._lost or "it was closed")
+
     async def close(self) -> None:
         """See PeerLink.close."""
         self._lose("it was closed")
@@ -132,6 +140,7 @@ class WebSocketLink:
     def _lose(self, why: str) -> None:
         if self._lost is None:
             self._lost = why
+        self._ended.set()
         for future in self._waiting.values():
             if not future.done():
                 future.set_exception(self._unknown(why))
@@ -159,6 +168,20 @@ async def connect_peer(name: str, address: str, context: ssl.SSLContext, timeout
             raise _connect_error(name, address, error) from error
         raise
     return WebSocketLink(name, socket, session)
+
+
+async def fetch_host(name: str, address: str, context: ssl.SSLContext, timeout_s: float) -> HostView:
+    """What another host says of itself. Raises as `connect_peer` does."""
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=context)) as session:
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await session.get(f"https://{address}/v1/host", server_hostname=name)
+                document = await answer.json(content_type=None)
+        except (TimeoutError, OSError, aiohttp.ClientError, ValueError) as error:
+            raise _connect_error(name, address, error) from error
+    if answer.status != 200:
+        raise error_from_problem(document)
+    return decode(HostView, document)
 
 
 def _connect_error(name: str, address: str, error: BaseException) -> VmferryError:
@@ -215,8 +238,10 @@ async def _answer(socket: web.WebSocketResponse, text: str, handler: Handler) ->
         }
     except VmferryError as error:
         reply = {"n": number, "problem": problem(error)}
-    except (ValueError, KeyError, TypeError) as error:
-        reply = {"n": number, "problem": problem(WrongInput("bad-request", f"Not a request: {error}.", ""))}
+    except Exception as error:  # noqa: BLE001 - the door: a bug must become an answer and a log line, not a hang
+        log.defect("peer-request-failed", error)
+        failed = Failed("internal", f"vmferryd failed at this ({type(error).__name__}).", "See its log.")
+        reply = {"n": number, "problem": problem(failed)}
     if not socket.closed:
         await socket.send_str(json.dumps(reply))
 

@@ -7,17 +7,29 @@ then with every guest write going to both, so that nothing is left to copy when 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmferry.migration.disk_proof import DiskReader, open_source_readers, open_target_readers
+from vmferry.migration.disk_proof import (
+    DiskReader,
+    SourceProof,
+    answer_digest,
+    answer_redigest,
+    clear_proof,
+    open_target_readers,
+)
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.host_parts import HostParts
-from vmferry.migration.streams import SOURCE_TLS, TARGET_TLS, stream_name
-from vmferry.model.errors import Failed, Refused
-from vmferry.model.vm import Disk, VmSpec
+from vmferry.migration.link import PeerLink
+from vmferry.migration.messages import DigestDisk, DiskDigested, RedigestDisk
+from vmferry.migration.streams import SOURCE_TLS, TARGET_TLS
+from vmferry.model.errors import Failed, NotFound, Refused
+from vmferry.model.names import stream_name
+from vmferry.model.receipt import DiskDigests as DiskVerdict
+from vmferry.model.vm import VmSpec
 from vmferry.qemu.blocks import (
     Mirror,
     MirrorSample,
@@ -25,19 +37,21 @@ from vmferry.qemu.blocks import (
     add_nbd_target,
     all_in_step,
     cancel_mirrors,
-    clean_mirrors,
     finish_mirrors,
     make_write_blocking,
     observe_mirrors,
+    remove_node,
     set_mirror_speed,
     start_mirror,
 )
 from vmferry.qemu.exports import export_disk, start_nbd_server, stop_exports
 from vmferry.qemu.layout import device_node
-from vmferry.qemu.monitor import yank_node
+from vmferry.qemu.monitor import QmpRefused, yank_node
 from vmferry.storage.pool import DirectoryPool, ImageRequest
 
 _LOOK_EVERY_S = 0.1
+_CLEAR_LIMIT_S = 10.0
+_NODE = "migrate.target"  # a dot cannot be in the name of a disk, so no disk has such a node
 
 
 def pool_of(parts: HostParts, name: str) -> DirectoryPool:
@@ -45,7 +59,9 @@ def pool_of(parts: HostParts, name: str) -> DirectoryPool:
     pool = parts.pools.get(name)
     if pool is None:
         known = ", ".join(sorted(parts.pools)) or "none"
-        raise Refused("pool-missing", f"{parts.name} has no pool {name!r} (it has: {known}).", "Choose one: --storage POOL.")
+        raise Refused(
+            "pool-missing", f"{parts.name} has no pool {name!r} (it has: {known}).", "Choose one: --storage POOL."
+        )
     return pool
 
 
@@ -97,13 +113,19 @@ class TargetDisks:
             self._readers = await open_target_readers(self._parts, self._guest, self._port)
         return self._port
 
-    async def digest(self, disk: str) -> str:
+    async def digest(self, request: DigestDisk) -> DiskDigested:
         """Digests of the disk as it is now."""
-        return await self._readers[disk].digest()
+        return await answer_digest(self._reader(request.disk))
 
-    async def redigest(self, disk: str, extents: tuple[int, ...]) -> str:
-        """Reads the extents (offset, length, ...) again; digests of the whole disk."""
-        return await self._readers[disk].redigest(extents)
+    async def redigest(self, request: RedigestDisk) -> DiskDigested:
+        """Reads the extents again."""
+        return await answer_redigest(self._reader(request.disk), request)
+
+    def _reader(self, disk: str) -> DiskReader:
+        reader = self._readers.get(disk)
+        if reader is None:
+            raise NotFound("no-such-disk", f"Disk {disk[:80]!r} is not being received, or not to be proven.", "")
+        return reader
 
     async def stop_serving(self) -> None:
         """Ends all exports; strictly before `cont`. Idempotent."""
@@ -141,7 +163,7 @@ class SourceDisks:
         self._port = port
         self._mirrors: list[Mirror] = []
         self._nodes: list[str] = []
-        self.readers: dict[str, DiskReader] = {}
+        self._proof: SourceProof | None = None
 
     @property
     def failures(self) -> list[asyncio.Future[object]]:
@@ -153,7 +175,7 @@ class SourceDisks:
         monitor = self._guest.monitor
         share = bytes_per_s // max(1, len(self._guest.spec.disks))
         for index, disk in enumerate(self._guest.spec.disks):
-            node = f"migrate{index}"
+            node = f"{_NODE}{index}"
             target = NbdTarget(
                 node=node,
                 host=self._target_address,
@@ -200,41 +222,72 @@ class SourceDisks:
         for mirror in self._mirrors:
             await set_mirror_speed(self._guest.monitor, mirror, bytes_per_s // len(self._mirrors))
 
-    async def open_proof(self) -> None:
-        """Starts recording writes and opens the source's readers."""
-        self.readers = await open_source_readers(self._parts, self._guest)
+    async def prove(self, link: PeerLink, migration_id: str) -> None:
+        """Compares both copies, and what is written again and again, until it is cancelled."""
+        self._proof = SourceProof(self._guest, link, migration_id)
+        await self._proof.open()
+        await self._proof.run()
+
+    def freeze_proof(self, freeze: bool) -> bool:
+        """Whether everything is proven but the writes of the last moments, and nothing is being read."""
+        if self._proof is None:
+            return False
+        if freeze and self._proof.proven:
+            self._proof.freeze()
+        elif not freeze:
+            self._proof.thaw()
+        return self._proof.frozen
+
+    async def compare(self) -> tuple[DiskVerdict, ...]:
+        """The last comparison, when nothing writes any more. Raises Failed `disk-differs`."""
+        return await self._proof.verdict() if self._proof is not None else ()
 
     async def finish(self) -> None:
         """The guest is stopped: every target is an exact copy when this returns. Raises MirrorFailed."""
         await finish_mirrors(self._guest.monitor, self._mirrors)
 
-    async def clean(self) -> None:
-        """After the handoff: connections of the proof are closed (QEMU itself goes)."""
+    async def let_go(self) -> None:
+        """After the handoff: our connections are closed (QEMU itself goes)."""
         for mirror in self._mirrors:
             mirror.forget()
-        for reader in self.readers.values():
-            await reader.close()
+        if self._proof is not None:
+            await self._proof.close(clear=False)
 
     async def cancel(self) -> None:
         """Rollback: mirrors, target nodes, recordings and the proof's exports are gone, the guest is not touched."""
-        for reader in self.readers.values():
-            await reader.close()
-        self.readers = {}
         # A target that hangs would hang us: its connections are cut first.
-        if self._mirrors:
-            await self._guest.process.yank.yank([yank_node(mirror.target_node) for mirror in self._mirrors])
+        for node in self._nodes:
+            with contextlib.suppress(QmpRefused):  # that node is gone already
+                await self._guest.process.yank.yank([yank_node(node)])
+        if self._proof is not None:
+            await self._proof.close(clear=True)
+            self._proof = None
         mirrors, self._mirrors = self._mirrors, []
         await cancel_mirrors(self._guest.monitor, mirrors)
+        for node in self._nodes[len(mirrors) :]:
+            await remove_node(self._guest.monitor, node)
+        self._nodes = []
 
-    async def clean_finished(self) -> None:
-        """Removes ended jobs and their nodes from a guest that stays."""
-        await clean_mirrors(self._guest.monitor, self._mirrors)
+
+async def clear_source_disks(guest: RunningGuest) -> None:
+    """Removes mirrors, target nodes, exports and recordings that an earlier life of the daemon left in a guest."""
+    monitor = guest.monitor
+    for sample in await observe_mirrors(monitor):
+        with contextlib.suppress(QmpRefused):  # it ends by itself
+            await monitor.execute("block-job-cancel", device=sample.job_id, force=True)
+    until = time.monotonic() + _CLEAR_LIMIT_S
+    while samples := await observe_mirrors(monitor):
+        if time.monotonic() > until:
+            raise Failed("mirror-stuck", f"Mirror {samples[0].job_id} does not end.", "Look at the guest's qemu.log.")
+        for sample in samples:
+            if sample.status == "concluded":
+                await monitor.execute("job-dismiss", id=sample.job_id)
+        await asyncio.sleep(_LOOK_EVERY_S)
+    for node in await monitor.execute("query-named-block-nodes", flat=True):
+        if str(node["node-name"]).startswith(_NODE):
+            await remove_node(monitor, node["node-name"])
+    await clear_proof(guest)
 
 
 def _progress(samples: Sequence[MirrorSample]) -> DiskProgress:
     return DiskProgress(sum(s.length for s in samples), sum(min(s.offset, s.length) for s in samples))
-
-
-def disk_named(spec: VmSpec, name: str) -> Disk:
-    """The disk of that name."""
-    return next(disk for disk in spec.disks if disk.name == name)

@@ -17,6 +17,7 @@ from vmferry.model.vm import DirectBoot, FirmwareBoot, VmSpec
 from vmferry.network.ports import Port, PortRequest, adopt_port, close_port, create_port, port_name, remove_port
 from vmferry.network.switches import SwitchConfig
 from vmferry.qemu.layout import FirmwareFiles, GuestLayout
+from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.monitor import Monitor
 from vmferry.qemu.process import GuestProcess, ProcessIdentity, adopt_guest, start_guest
 
@@ -188,3 +189,12 @@ def boot_files(spec: VmSpec) -> tuple[str, ...]:
     if isinstance(spec.boot, DirectBoot):
         return tuple(name for name in (spec.boot.kernel, spec.boot.initrd) if name)
     return ()
+
+
+def map_memory(guest: RunningGuest) -> MemoryReader:
+    """The guest's memory, mapped for a digest. Blocks for a moment. Raises Failed `memory-not-found`."""
+    fd = guest.process.open_memory(guest.spec.memory_bytes)
+    try:
+        return MemoryReader(fd, guest.spec.memory_bytes)
+    finally:
+        os.close(fd)

@@ -50,6 +50,7 @@ class EngineLimits:
     disk_stall_s: float
     memory_stall_s: float
     switchover_s: float
+    stopped_s: float
     handoff_retry_s: float
     forward_s: float
     incoming: int

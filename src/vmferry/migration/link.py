@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, TypeVar
 
 from vmferry.migration.messages import Request
+from vmferry.model.errors import VmferryError
 
 R = TypeVar("R")
 
@@ -26,6 +27,11 @@ class PeerLink(Protocol):
         ...
 
     @property
+    def peer_address(self) -> str:
+        """The other host's address on that network."""
+        ...
+
+    @property
     def rtt_ms(self) -> float:
         """The shortest round trip seen."""
         ...
@@ -34,6 +40,10 @@ class PeerLink(Protocol):
         """The answer. Raises what the other side raised; `Unreachable` if it was never sent; `OutcomeUnknown` if the
         link was lost or the time ran out after it was sent.
         """
+        ...
+
+    async def wait_lost(self) -> VmferryError:
+        """Returns, with the reason, once the link is lost."""
         ...
 
     async def close(self) -> None:

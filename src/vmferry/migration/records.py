@@ -66,6 +66,8 @@ class Reserved:
     run_dir: str = ""
     vm_dir: str = ""
     gate_id: str = ""
+    pid: int = 0
+    start_ticks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,3 +95,4 @@ class MigrationRecord:
     spec: VmSpec
     reserved: Reserved = Reserved()
     keep_source: bool = False
+    was_taken: bool = False  # the target's: it has owned the VM, whatever became of it later

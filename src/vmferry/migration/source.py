@@ -10,13 +10,14 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
-from vmferry.migration.disks import DiskProgress, SourceDisks
+from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks
 from vmferry.migration.gates import SourceGates
-from vmferry.migration.guest import RunningGuest
+from vmferry.migration.guest import RunningGuest, map_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
@@ -35,15 +36,17 @@ from vmferry.migration.messages import (
     Taken,
 )
 from vmferry.migration.records import MigrationRecord, RecordState
-from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls, stream_name
+from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Verify
+from vmferry.model.names import stream_name
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 2.0
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -92,6 +95,27 @@ class SourceMigration:
         """Whether the handoff was (or is being) written: nothing can be cancelled any more."""
         return self._committed
 
+    @property
+    def gates(self) -> SourceGates | None:
+        """The gates, once prepared."""
+        return self._gates
+
+    def commit_after_restart(self) -> None:
+        """The record says that the VM was handed over: only `settle` may change that."""
+        self._committed = True
+
+    async def undo_after_restart(self) -> None:
+        """An earlier life of the daemon left this migration before the handoff: the guest runs on, nothing is left."""
+        await self._undo()
+
+    async def let_go(self) -> None:
+        """After the handoff: closes what is ours; QEMU itself has gone."""
+        if self._disks is not None:
+            await self._disks.let_go()
+        if self._reader is not None:
+            await asyncio.to_thread(self._reader.close)
+            self._reader = None
+
     async def move(self) -> None:
         """Prepare, copy, switch over, hand off. Returns once the target has taken the VM.
 
@@ -127,16 +151,14 @@ class SourceMigration:
         return prepared
 
     async def _copy_and_switch(self, prepared: Prepared) -> None:
-        peer_address = getattr(self.link, "peer_address", "")
+        peer_address = self.link.peer_address
         self._disks = SourceDisks(self.parts, self.guest, self.link.peer, peer_address, prepared.disk_port)
         mtus = [nic.mtu for nic in self.guest.spec.nics]
-        self._gates = SourceGates(
-            self.parts, self.record.id, self.guest.ports, mtus, self.parts.address, peer_address
-        )
+        self._gates = SourceGates(self.parts, self.record.id, self.guest.ports, mtus, self.parts.address, peer_address)
         await self._gates.prepare()
-        self._memory = MemoryCopy(self.guest, self._goal(), self._report)
+        self._memory = MemoryCopy(self.guest, self._goal(), self.options.bandwidth_bps // 8, self._report)
         if self.options.verify is Verify.ALL:
-            self._reader = await asyncio.to_thread(_map_memory, self.guest)
+            self._reader = await asyncio.to_thread(map_memory, self.guest)
         self.events.phase(Phase.COPY)
         async with self._watched():
             await self._copy_disks()
@@ -151,33 +173,32 @@ class SourceMigration:
         )
 
     async def _copy_disks(self) -> None:
-        disks = self._require(self._disks)
+        disks = _require(self._disks)
         if not self.guest.spec.disks:
             return
         await disks.start(self.options.bandwidth_bps // 8)
         await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
 
     async def _copy_memory(self, prepared: Prepared, peer_address: str) -> None:
-        monitor, memory = self.guest.monitor, self._require(self._memory)
+        monitor, memory = self.guest.monitor, _require(self._memory)
         switchover = self._arm_switchover()
         proof: asyncio.Task[None] | None = None
         try:
             settings = StreamSettings(
                 postcopy=self.options.post_copy is PostCopy.ALLOW,
-                auto_converge=False,
+                auto_converge=self.options.max_slowdown_percent > 0,
+                throttle_max_percent=1,
                 tls_creds=SOURCE_TLS.creds(self.parts),
                 tls_hostname=stream_name(self.link.peer) if self.parts.stream_dir else "",
                 max_bandwidth=self.options.bandwidth_bps // 8,
             )
             await prepare_source(monitor, settings)
             if switchover.verify_disks:
-                disks = self._require(self._disks)
-                await disks.open_proof()
-                proof = asyncio.create_task(disks.prove(self.link, self.record.id))
-            await memory.start(peer_address, prepared.memory_port, self.parts.limits.memory_stall_s)
-            await memory.converge(switchover, proof)
+                proof = asyncio.create_task(_require(self._disks).prove(self.link, self.record.id))
+            await memory.start(peer_address, prepared.memory_port)
+            await memory.converge(lambda near: self._rest_is_ready(near, proof), self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
-            await memory.switch(switchover, proof)
+            await memory.switch(switchover)
             self._keep_measures(switchover)
         finally:
             if proof is not None:
@@ -185,13 +206,21 @@ class SourceMigration:
                 await asyncio.gather(proof, return_exceptions=True)
             switchover.disarm()
 
+    def _rest_is_ready(self, near: bool, proof: asyncio.Task[None] | None) -> bool:
+        """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
+        if proof is None:
+            return near
+        if proof.done():
+            proof.result()
+        return _require(self._disks).freeze_proof(near) and near
+
     def _arm_switchover(self) -> Switchover:
         switchover = Switchover(
             guest=self.guest,
             link=self.link,
             migration_id=self.record.id,
-            gates=self._require(self._gates),
-            disks=self._require(self._disks),
+            gates=_require(self._gates),
+            disks=_require(self._disks),
             verify_memory=self._reader,
             verify_disks=self.options.verify is not Verify.NONE and bool(self.guest.spec.disks),
             limit_s=self.parts.limits.switchover_s,
@@ -201,7 +230,7 @@ class SourceMigration:
         return switchover
 
     def _keep_measures(self, switchover: Switchover) -> None:
-        memory = self._require(self._memory)
+        memory = _require(self._memory)
         self.measured.memory_bytes = memory.sent_bytes
         self.measured.rounds = memory.rounds
 
@@ -209,7 +238,7 @@ class SourceMigration:
 
     async def _hand_off(self) -> None:
         """Writes the handoff, then tells the target. From here on nothing is undone by an exception."""
-        switchover = self._require(self.measured.switchover)
+        switchover = _require(self.measured.switchover)
         self._committed = True
         # Shielded: a daemon that is asked to stop in this moment must not leave the record half-told.
         await asyncio.shield(asyncio.ensure_future(self._write_and_tell(switchover)))
@@ -275,6 +304,8 @@ class SourceMigration:
             await self._stop_stream()
             if self._disks is not None:
                 await self._disks.cancel()
+            else:
+                await clear_source_disks(self.guest)
             await self._let_run()
         told = asyncio.ensure_future(self._return_frames_and_abort())
         await told
@@ -372,12 +403,11 @@ class SourceMigration:
         self._report(disk_total_bytes=progress.total_bytes, disk_done_bytes=progress.done_bytes)
 
     def _report(self, **changes: object) -> None:
-        import dataclasses
-
-        self.progress = dataclasses.replace(self.progress, **changes)  # type: ignore[arg-type]
+        self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
         self.events.progress(self.progress)
 
-    def _require[T](self, part: T | None) -> T:
-        if part is None:
-            raise Conflict("not-prepared", "The migration is not prepared.", "")
-        return part
+
+def _require(part: T | None) -> T:
+    if part is None:
+        raise Conflict("not-prepared", "The migration is not prepared.", "")
+    return part

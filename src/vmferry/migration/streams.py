@@ -10,6 +10,7 @@ import contextlib
 from dataclasses import dataclass
 
 from vmferry.migration.host_parts import HostParts
+from vmferry.model.names import stream_identity
 from vmferry.qemu.exports import NbdTls
 from vmferry.qemu.monitor import Monitor, QmpRefused
 from vmferry.qemu.tls import add_authorization, add_tls, remove_object
@@ -37,16 +38,6 @@ class TlsNames:
 
 SOURCE_TLS = TlsNames("stream-client", "")
 TARGET_TLS = TlsNames("stream-server", "stream-peers")
-
-
-def stream_name(host: str) -> str:
-    """The name in a host's stream certificate, which the other side's QEMU asks for."""
-    return f"stream.{host}"
-
-
-def stream_identity(host: str) -> str:
-    """The distinguished name of a host's stream certificate as GnuTLS writes it (RFC 4514)."""
-    return f"CN={stream_name(host)},O=vmferry"
 
 
 async def add_source_tls(parts: HostParts, monitor: Monitor) -> None:

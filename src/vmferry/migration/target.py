@@ -17,12 +17,19 @@ from pathlib import Path
 
 from vmferry.migration.disks import TargetDisks, create_images, remove_images
 from vmferry.migration.gates import TargetGates, gate_vni
-from vmferry.migration.guest import RunningGuest, boot_files, build_guest, create_ports, dismantle, remove_ports
+from vmferry.migration.guest import (
+    RunningGuest,
+    boot_files,
+    build_guest,
+    create_ports,
+    dismantle,
+    map_memory,
+    remove_ports,
+)
 from vmferry.migration.handoff import GuestSeen
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.messages import (
     AwaitLoaded,
-    DiskDigested,
     FramesReturned,
     Loaded,
     Prepare,
@@ -154,10 +161,14 @@ class TargetMigration:
         except BaseException:
             self._ports = ports
             raise
+        identity = self.guest.process.identity
+        reserved = replace(self.record.reserved, pid=identity.pid, start_ticks=identity.start_time_ticks)
+        self.record = replace(self.record, reserved=reserved)
+        await self._parts.journal.update_migration(self.record)
         monitor = self.guest.monitor
         await add_target_tls(self._parts, monitor, self.record.peer)
         self._disks = TargetDisks(self._parts, self.guest)
-        disk_port = await self._disks.serve()
+        disk_port = await self._disks.serve(provable=options.verify is not Verify.NONE)
         settings = StreamSettings(
             postcopy=options.post_copy is PostCopy.ALLOW,
             tls_creds=TARGET_TLS.creds(self._parts),
@@ -169,18 +180,14 @@ class TargetMigration:
         self._gates = TargetGates(self._parts, self.record.id, self.guest.ports, mtus, self._request.source_address)
         await self._gates.prepare()
         if options.verify is Verify.ALL:
-            self._memory = await asyncio.to_thread(_map_memory, self.guest)
+            self._memory = await asyncio.to_thread(map_memory, self.guest)
         return Prepared(spec, memory_port, disk_port, (), gate_vni(self.record.id))
 
     # -- copy and switchover -----------------------------------------------------------------------------------------
 
-    async def digest_disk(self, disk: str) -> DiskDigested:
-        """Digests this host's copy as it is now."""
-        return DiskDigested(await self._require_disks().digest(disk))
-
-    async def redigest_disk(self, disk: str, extents: tuple[int, ...]) -> DiskDigested:
-        """Reads the extents again; the digests are those of the whole disk."""
-        return DiskDigested(await self._require_disks().redigest(disk, extents))
+    def disks(self) -> TargetDisks:
+        """The disks being received. Raises Failed `target-guest-gone`, Conflict `not-prepared`."""
+        return self._require_disks()
 
     def plug(self) -> None:
         """The ports are in their switches and the tables point to them; frames wait in the new ports."""
@@ -243,8 +250,6 @@ class TargetMigration:
         guest = self._require_guest()
         if self._gates is not None:
             self._gates.announce()
-        identity = guest.process.identity
-        await self._parts.journal.set_process(self.record.vm_id, identity.pid, identity.start_time_ticks)
         await self._hooks.on_taken(self.record, guest, run)
 
     async def ask_running(self) -> RunningSeen:
@@ -332,16 +337,6 @@ async def clear_reserved(parts: HostParts, record: MigrationRecord) -> None:
 def problem_of(error: BaseException) -> str:
     """The sentence of an error for the other side."""
     return error.message if isinstance(error, VmferryError) else type(error).__name__
-
-
-def _map_memory(guest: RunningGuest) -> MemoryReader:
-    import os
-
-    fd = guest.process.open_memory(guest.spec.memory_bytes)
-    try:
-        return MemoryReader(fd, guest.spec.memory_bytes)
-    finally:
-        os.close(fd)
 
 
 def _require_file_name(name: str) -> None:

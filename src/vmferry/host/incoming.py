@@ -1,0 +1,349 @@
+"""What other hosts ask of this one: checks, rehearsals, incoming migrations, questions about the journal.
+
+One `PeerSession` a connection; the migrations outlive it: when a connection is lost before the take, the reservation is
+given up, or, if the guest is complete here, the source is asked what it wrote.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Callable
+
+from vmferry.host import log
+from vmferry.host.journal import Journal
+from vmferry.host.migration_views import MigrationViews, now_text
+from vmferry.host.peers import Peers
+from vmferry.host.vms import Vms, observe_free_memory
+from vmferry.migration import messages as m
+from vmferry.migration.guest import RunningGuest
+from vmferry.migration.handoff import Act, GuestSeen, PeerSays, decide_target
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.preflight import HostUse, TargetChecks
+from vmferry.migration.records import MigrationRecord, RecordState
+from vmferry.migration.rehearsal import TargetTwin
+from vmferry.migration.target import TargetHooks, TargetMigration, clear_reserved
+from vmferry.model.errors import Conflict, NotFound, Refused, VmferryError
+from vmferry.model.migration import MigrationView, Mode, Outcome, Phase, PhaseTime, Progress, Reason, Role
+from vmferry.model.vm import RunState
+
+_ASK_PAUSE_S = (0.2, 0.5, 1, 2, 5)
+
+
+class Incoming:
+    """The registry of migrations that come to this host."""
+
+    def __init__(self, parts: HostParts, journal: Journal, vms: Vms, peers: Peers, views: MigrationViews) -> None:
+        self.parts = parts
+        self._journal = journal
+        self._vms = vms
+        self._peers = peers
+        self._views = views
+        self._migrations: dict[str, TargetMigration] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._reserved_bytes: dict[str, int] = {}
+
+    def session(self, peer: str) -> PeerSession:
+        """For a connection of that host."""
+        return PeerSession(self, peer)
+
+    async def use(self) -> HostUse:
+        """What is in use here, incoming migrations counted."""
+        vms = self._vms.all()
+        free = observe_free_memory() - self.parts.limits.memory_reserve_bytes - sum(self._reserved_bytes.values())
+        return HostUse(
+            free_memory_bytes=free,
+            vm_names={vm.spec.name: vm.spec.id for vm in vms},
+            macs={nic.mac: vm.spec.name for vm in vms for nic in vm.spec.nics},
+            incoming=len(self._migrations),
+        )
+
+    def get(self, migration_id: str, peer: str) -> TargetMigration:
+        """Raises NotFound `no-such-migration` unless it is one of that source."""
+        migration = self._migrations.get(migration_id)
+        if migration is None or migration.record.peer != peer:
+            raise NotFound("no-such-migration", f"Migration {migration_id[:40]} is not under way here.", "")
+        return migration
+
+    async def prepare(self, request: m.Prepare, peer: str) -> m.Prepared:
+        """Reserves. Raises Refused `incoming-limit`, `memory-room` and what the reservation raises."""
+        use = await self.use()
+        if use.incoming >= self.parts.limits.incoming:
+            raise Refused("incoming-limit", f"{self.parts.name} has {use.incoming} incoming migrations.", "Wait.")
+        if request.spec.memory_bytes > use.free_memory_bytes:
+            raise Refused("memory-room", f"{self.parts.name} has no room for its memory any more.", "Check again.")
+        self._reserved_bytes[request.migration_id] = request.spec.memory_bytes
+        try:
+            hooks = TargetHooks(on_taken=self._on_taken)
+            migration = await TargetMigration.reserve(self.parts, hooks, request, peer)
+        except BaseException:
+            self._reserved_bytes.pop(request.migration_id, None)
+            raise
+        self._migrations[request.migration_id] = migration
+        self._views.put(_view_of(request, peer, self.parts.name))
+        await self._views.save(request.migration_id)
+        log.event("incoming-reserved", id=request.migration_id, vm=request.spec.name, source=peer)
+        return m.Prepared(migration.record.spec, 0, 0, migration.missing_boot_files(), 0)
+
+    async def _on_taken(self, record: MigrationRecord, guest: RunningGuest, run: bool) -> None:
+        state = RunState.RUNNING if run else RunState.PAUSED
+        self._reserved_bytes.pop(record.id, None)
+        self._vms.receive(guest.spec, guest, state, "")
+        self._views.enter(record.id, Phase.FINISH)
+        log.event("vm-taken", id=record.id, vm=record.vm_name, generation=record.generation)
+
+    async def take(self, request: m.Take, peer: str) -> m.Taken:
+        """Takes, answers, and settles in afterwards: the answer must not wait for that."""
+        migration = self.get(request.migration_id, peer)
+        taken = await asyncio.shield(asyncio.ensure_future(migration.take(request)))
+        self._background(self._settle_in(migration, request.run))
+        return taken
+
+    async def _settle_in(self, migration: TargetMigration, run: bool) -> None:
+        try:
+            await migration.settle_in(run)
+        except VmferryError as error:
+            log.alarm("settle-in-failed", id=migration.record.id, problem=error.message)
+
+    async def refuse(self, migration_id: str, why: str) -> None:
+        """Refuses for good and removes everything. Nothing happens if it has ended. Raises Conflict `taken`."""
+        migration = self._migrations.get(migration_id)
+        if migration is None:
+            return
+        await asyncio.shield(asyncio.ensure_future(migration.refuse()))
+        self._migrations.pop(migration_id, None)
+        self._reserved_bytes.pop(migration_id, None)
+        with contextlib.suppress(NotFound):
+            await self._views.end(migration_id, Outcome.FAILED, Reason("refused", why, ""))
+        log.event("incoming-refused", id=migration_id, why=why)
+
+    async def finish(self, request: m.Finish, peer: str) -> None:
+        """The source has finished."""
+        migration = self.get(request.migration_id, peer)
+        await migration.finish(request.receipt)
+        self._migrations.pop(request.migration_id, None)
+        blackout, total = request.receipt.get("blackout_ms"), request.receipt.get("total_ms")
+        await self._views.end(request.migration_id, Outcome.COMPLETED, None, blackout_ms=blackout, total_ms=total)
+
+    # -- after a lost connection or a restart ------------------------------------------------------------------------
+
+    async def connection_lost(self, peer: str) -> None:
+        """Gives up what the source cannot finish any more; asks it where it may have handed over."""
+        for migration in list(self._migrations.values()):
+            if migration.record.peer == peer and migration.record.state is RecordState.ACTIVE:
+                self._background(self._settle(migration))
+
+    async def _settle(self, migration: TargetMigration) -> None:
+        record, attempt = migration.record, 0
+        while migration.record.state is RecordState.ACTIVE:
+            seen = migration.seen()
+            says = PeerSays.UNREACHABLE if seen is not GuestSeen.LOADED else await self.ask(record)
+            decision = decide_target(migration.record.state, says, seen)
+            log.event("incoming-asked", id=record.id, act=decision.act, why=decision.why)
+            if decision.act is Act.REFUSE:
+                with contextlib.suppress(Conflict):  # taken in this very moment
+                    await self.refuse(record.id, decision.why)
+                return
+            if decision.act is Act.TAKE:
+                await migration.take(m.Take(record.id, record.generation, run=True))
+                await self._settle_in(migration, run=True)
+                return
+            await asyncio.sleep(_ASK_PAUSE_S[min(attempt, len(_ASK_PAUSE_S) - 1)])
+            attempt += 1
+
+    async def ask(self, record: MigrationRecord) -> PeerSays:
+        """What the source's journal says."""
+        try:
+            link = await self._peers.connect(record.peer)
+        except VmferryError:
+            return PeerSays.UNREACHABLE
+        try:
+            question = m.Inquire(record.id, record.vm_id, record.generation, refuse=False)
+            return (await link.call(question, m.Answer, 10.0)).says
+        except VmferryError:
+            return PeerSays.UNREACHABLE
+        finally:
+            await link.close()
+
+    async def resume_after_restart(self, record: MigrationRecord) -> None:
+        """Goes on with an incoming migration that an earlier life of the daemon left unfinished."""
+        if record.state is RecordState.TAKEN:
+            await self._resume_taken(record)
+            return
+        # Not taken: what is here was never run, and this daemon cannot know whether its state is complete. The
+        # source still has the guest, or has handed over and takes it back once it hears that we refused.
+        if record.state is RecordState.ACTIVE:
+            record = await self._journal.move(record, RecordState.REFUSED)
+        await self.kill_reserved_guest(record)
+        await clear_reserved(self.parts, record)
+        await self._journal.move(record, RecordState.ENDED)
+        with contextlib.suppress(NotFound):
+            reason = Reason("daemon-restarted", "vmferryd ended during the migration; it was refused.", "")
+            await self._views.end(record.id, Outcome.FAILED, reason)
+
+    async def _resume_taken(self, record: MigrationRecord) -> None:
+        vm = self._vms.by_id(record.vm_id)
+        if vm is not None and vm.guest is not None and vm.wanted == "running":
+            await vm.guest.monitor.execute("cont")
+            await self._vms.refresh(vm)
+        await self._journal.move(record, RecordState.ENDED)
+        with contextlib.suppress(NotFound):
+            await self._views.end(record.id, Outcome.COMPLETED, None)
+
+    async def kill_reserved_guest(self, record: MigrationRecord) -> None:
+        """Ends the incoming QEMU of a migration that was not taken; found by its run directory."""
+        from vmferry.host.strays import end_processes_of
+
+        await end_processes_of(record.reserved.run_dir)
+
+    async def close(self) -> None:
+        """The daemon ends: waits for takes and refusals under way."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a migration comes in right now."""
+        return bool(self._migrations)
+
+    def _background(self, work: Awaitable[None]) -> None:
+        async def run() -> None:
+            try:
+                await work
+            except VmferryError as error:
+                log.alarm("incoming-problem", problem=error.message)
+            except Exception as error:  # noqa: BLE001 - the end of a task: a bug must be seen
+                log.defect("incoming-defect", error)
+
+        task = asyncio.create_task(run())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def answer_inquiry(self, request: m.Inquire, peer: str) -> m.Answer:
+        """What this host's journal says about a migration, after refusing for good if asked to."""
+        record = next((r for r in await self._journal.list_migrations() if r.id == request.migration_id), None)
+        if record is None or record.peer != peer:
+            return m.Answer(PeerSays.ABSENT)
+        if record.role is Role.TARGET and record.state is RecordState.ACTIVE and request.refuse:
+            try:
+                await self.refuse(record.id, "the source asked for it")
+            except Conflict:
+                return m.Answer(PeerSays.TAKEN)
+            return m.Answer(PeerSays.REFUSED)
+        return m.Answer(_says(record, self._vms.by_id(record.vm_id) is not None))
+
+
+def _says(record: MigrationRecord, here: bool) -> PeerSays:
+    match record.state:
+        case RecordState.ACTIVE:
+            return PeerSays.ACTIVE
+        case RecordState.HANDED_OVER:
+            return PeerSays.HANDED_OVER
+        case RecordState.TAKEN:
+            return PeerSays.TAKEN if record.role is Role.TARGET else PeerSays.HANDED_OVER
+        case RecordState.REFUSED:
+            return PeerSays.REFUSED
+        case RecordState.ENDED:
+            owned = record.was_taken if record.role is Role.TARGET else here
+            return PeerSays.ENDED_HERE if owned else PeerSays.ENDED_AWAY
+
+
+def _view_of(request: m.Prepare, peer: str, own: str) -> MigrationView:
+    at = now_text()
+    return MigrationView(
+        id=request.migration_id,
+        vm=request.spec.name,
+        vm_id=request.spec.id,
+        role=Role.TARGET,
+        source=peer,
+        target=own,
+        mode=Mode.LIVE,
+        phase=Phase.PREPARE,
+        outcome=Outcome.RUNNING,
+        generation=request.generation,
+        started_at=at,
+        ended_at="",
+        phases=(PhaseTime(Phase.PREPARE, at),),
+        progress=Progress(),
+        options=request.options,
+    )
+
+
+class PeerSession:
+    """One connection of another host: dispatches its requests."""
+
+    def __init__(self, incoming: Incoming, peer: str) -> None:
+        self._incoming = incoming
+        self._peer = peer
+        self._checks = TargetChecks(incoming.parts, incoming.use)
+        self._twins: dict[str, TargetTwin] = {}
+        self._handlers: dict[type, Callable[..., Awaitable[object]]] = {
+            m.CheckTarget: self._checks.check,
+            m.ListenForProbe: self._checks.listen,
+            m.CollectProbe: self._checks.collect,
+            m.MeasureLink: self._measure,
+            m.Rehearse: self._rehearse,
+            m.EndRehearsal: self._end_rehearsal,
+            m.Prepare: lambda r: incoming.prepare(r, peer),
+            m.PutBootFile: self._put_boot_file,
+            m.StartGuest: lambda r: self._migration(r).start(),
+            m.DigestDisk: lambda r: self._migration(r).disks().digest(r),
+            m.RedigestDisk: lambda r: self._migration(r).disks().redigest(r),
+            m.PlugPorts: self._plug,
+            m.AwaitLoaded: lambda r: self._migration(r).await_loaded(r),
+            m.Take: lambda r: incoming.take(r, peer),
+            m.Abort: self._abort,
+            m.ReturnFrames: lambda r: self._migration(r).return_frames(),
+            m.Inquire: lambda r: incoming.answer_inquiry(r, peer),
+            m.AskRunning: lambda r: self._migration(r).ask_running(),
+            m.Finish: self._finish,
+        }
+
+    async def handle(self, request: m.Request) -> object:
+        """The answer to one request."""
+        return await self._handlers[type(request)](request)
+
+    def _migration(self, request: m.Request) -> TargetMigration:
+        return self._incoming.get(getattr(request, "migration_id", ""), self._peer)
+
+    async def _measure(self, request: m.MeasureLink) -> m.LinkMeasured:
+        return m.LinkMeasured(len(request.payload))
+
+    async def _rehearse(self, request: m.Rehearse) -> m.RehearsalReady:
+        if not request.nonce.isalnum() or len(request.nonce) > 32 or request.nonce in self._twins:
+            raise Refused("bad-nonce", "This is no name for a rehearsal.", "")
+        twin, ready = await TargetTwin.start(self._incoming.parts, request.spec, self._peer, request.nonce)
+        self._twins[request.nonce] = twin
+        return ready
+
+    async def _end_rehearsal(self, request: m.EndRehearsal) -> m.RehearsalEnded:
+        twin = self._twins.pop(request.nonce, None)
+        if twin is None:
+            raise NotFound("no-rehearsal", "There is no such rehearsal here.", "")
+        return await twin.end()
+
+    async def _put_boot_file(self, request: m.PutBootFile) -> m.Done:
+        await self._migration(request).put_boot_file(request)
+        return m.Done()
+
+    async def _plug(self, request: m.PlugPorts) -> m.Done:
+        self._migration(request).plug()
+        return m.Done()
+
+    async def _abort(self, request: m.Abort) -> m.Done:
+        with contextlib.suppress(NotFound):
+            self._migration(request)
+            await self._incoming.refuse(request.migration_id, request.why)
+        return m.Done()
+
+    async def _finish(self, request: m.Finish) -> m.Done:
+        await self._incoming.finish(request, self._peer)
+        return m.Done()
+
+    async def close(self) -> None:
+        """The connection has ended."""
+        await self._checks.close()
+        for twin in self._twins.values():
+            await twin.end()
+        await self._incoming.connection_lost(self._peer)

@@ -1,0 +1,429 @@
+"""The outgoing migrations of this host: asked for, run, watched, cancelled, settled after interruptions."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vmferry.api.codec import encode
+from vmferry.api.signing import check_document
+from vmferry.host import log
+from vmferry.host.journal import Journal
+from vmferry.host.migration_views import MigrationViews, now_text
+from vmferry.host.outcome import finish_source
+from vmferry.host.peers import Peers
+from vmferry.host.vms import Vm, Vms
+from vmferry.migration.handoff import Act
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.link import PeerLink
+from vmferry.migration.preflight import check
+from vmferry.migration.records import MigrationRecord, RecordState
+from vmferry.migration.source import SourceEvents, SourceMigration
+from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, Refused, VmferryError, WrongInput
+from vmferry.model.findings import Finding, Severity
+from vmferry.model.migration import (
+    CheckResult,
+    MigrateOptions,
+    MigrationView,
+    Mode,
+    Outcome,
+    Phase,
+    PhaseTime,
+    Progress,
+    Reason,
+    Role,
+)
+from vmferry.model.vm import RunState
+
+_SETTLE_PAUSE_S = (0.2, 0.5, 1, 2, 5)
+_UNKNOWN_AFTER_S = 3.0
+
+
+@dataclass(slots=True)
+class Outgoing:
+    """One outgoing migration in memory."""
+
+    vm: Vm
+    task: asyncio.Task[None] | None = None
+    engine: SourceMigration | None = None
+    cancelled: bool = False
+
+
+class Migrations:
+    """The registry of this host's outgoing migrations, and the views of all."""
+
+    def __init__(
+        self, parts: HostParts, journal: Journal, vms: Vms, peers: Peers, views: MigrationViews, tls_dir: Path
+    ) -> None:
+        self._parts = parts
+        self._journal = journal
+        self._vms = vms
+        self._peers = peers
+        self._views = views
+        self._tls_dir = tls_dir
+        self._outgoing: dict[str, Outgoing] = {}
+        self._closing = False
+
+    # -- looking -----------------------------------------------------------------------------------------------------
+
+    def list_views(self) -> list[MigrationView]:
+        """All, newest first."""
+        return self._views.all()
+
+    def view(self, migration_id: str) -> MigrationView:
+        """Raises NotFound `no-such-migration`."""
+        return self._views.get(migration_id)
+
+    async def changed(self, migration_id: str, seen: MigrationView) -> MigrationView:
+        """The view once it has changed."""
+        return await self._views.changed(migration_id, seen)
+
+    async def document(self, migration_id: str, kind: str) -> Any:
+        """The `checked` result or the `receipt`. Raises NotFound."""
+        self._views.get(migration_id)
+        return await self._journal.load_document(migration_id, kind)
+
+    async def check_receipt(self, migration_id: str) -> dict[str, Any]:
+        """Whether the receipt is the source's, unchanged."""
+        receipt = await self.document(migration_id, "receipt")
+        reason = await asyncio.to_thread(check_document, self._tls_dir, receipt, str(receipt.get("source")))
+        return {"valid": not reason, "reason": reason}
+
+    # -- asking ------------------------------------------------------------------------------------------------------
+
+    async def check(self, name: str, to: str, options: MigrateOptions) -> CheckResult:
+        """The check alone; nothing changes. Raises NotFound, Conflict `vm-not-running`, Unreachable."""
+        vm = self._vms.get(name)
+        if vm.guest is None:
+            raise Conflict("vm-not-running", f"{name} is {vm.state}.", f"Start it first: vmferry vm start {name}.")
+        link = await self._peers.connect(to)
+        try:
+            return await check(self._parts, vm.guest, link, options)
+        finally:
+            await link.close()
+
+    async def begin(self, name: str, to: str, options: MigrateOptions) -> MigrationView:
+        """Starts a migration in the background. Raises when it cannot even begin; then nothing changed."""
+        self._peers.address_of(to)
+        if self._closing:
+            raise Conflict("stopping", f"vmferryd on {self._parts.name} is being stopped.", "Start it again first.")
+        if len(self._outgoing) >= self._parts.limits.outgoing:
+            raise Conflict(
+                "outgoing-limit",
+                f"{self._parts.name} has {len(self._outgoing)} outgoing migrations, as many as it may.",
+                "Wait for one to end, or raise [limits] outgoing.",
+            )
+        migration_id = f"m-{secrets.token_hex(6)}"
+        vm = await self._vms.claim(name, migration_id)
+        try:
+            record, view = self._intend(vm, to, options, migration_id)
+            await self._journal.begin_migration(record, view)
+        except BaseException:
+            await asyncio.shield(self._vms.release(vm))
+            raise
+        self._views.put(view)
+        outgoing = Outgoing(vm)
+        self._outgoing[migration_id] = outgoing
+        outgoing.task = asyncio.create_task(self._run(outgoing, record, options))
+        return view
+
+    def _intend(
+        self, vm: Vm, to: str, options: MigrateOptions, migration_id: str
+    ) -> tuple[MigrationRecord, MigrationView]:
+        at, generation = now_text(), vm.spec.generation + 1
+        record = MigrationRecord(
+            id=migration_id,
+            role=Role.SOURCE,
+            vm_id=vm.spec.id,
+            vm_name=vm.spec.name,
+            peer=to,
+            generation=generation,
+            state=RecordState.ACTIVE,
+            spec=vm.spec,
+            keep_source=options.keep_source,
+        )
+        view = MigrationView(
+            id=migration_id,
+            vm=vm.spec.name,
+            vm_id=vm.spec.id,
+            role=Role.SOURCE,
+            source=self._parts.name,
+            target=to,
+            mode=Mode.LIVE,
+            phase=Phase.CHECK,
+            outcome=Outcome.RUNNING,
+            generation=generation,
+            started_at=at,
+            ended_at="",
+            phases=(PhaseTime(Phase.CHECK, at),),
+            progress=Progress(),
+            options=options,
+        )
+        return record, view
+
+    # -- running -----------------------------------------------------------------------------------------------------
+
+    async def _run(self, outgoing: Outgoing, record: MigrationRecord, options: MigrateOptions) -> None:
+        began = time.monotonic()
+        log.event("migration-begun", id=record.id, vm=record.vm_name, to=record.peer)
+        try:
+            await self._move(outgoing, record, options, began)
+        except asyncio.CancelledError:
+            reason = Reason("cancelled", "It was cancelled; the guest runs on here.", "")
+            await asyncio.shield(self._fail(outgoing, record, Outcome.CANCELLED, reason))
+        except VmferryError as error:
+            reason = Reason(error.code, error.message, error.fix)
+            await self._fail(outgoing, record, Outcome.FAILED, reason)
+        except Exception as error:  # noqa: BLE001 - the end of a task: a bug must show in the migration, not vanish
+            log.defect("migration-defect", error, id=record.id)
+            reason = Reason("internal", f"vmferryd failed at this ({type(error).__name__}: {error}).", "See its log.")
+            await self._fail(outgoing, record, Outcome.FAILED, reason)
+        finally:
+            self._outgoing.pop(record.id, None)
+
+    async def _move(self, outgoing: Outgoing, record: MigrationRecord, options: MigrateOptions, began: float) -> None:
+        vm = outgoing.vm
+        link = await self._peers.connect(record.peer)
+        try:
+            guest = vm.guest
+            if guest is None:
+                raise Failed("guest-ended", "The guest ended by itself.", "Start it, then migrate again.")
+            await self._require_checked(record, options, link, vm)
+            engine = SourceMigration(
+                parts=self._parts,
+                guest=guest,
+                link=link,
+                record=record,
+                options=options,
+                events=SourceEvents(
+                    phase=lambda phase: self._views.enter(record.id, phase),
+                    progress=lambda progress: self._show(record.id, progress),
+                ),
+                connect=lambda: self._connect(record.peer),
+                was_running=vm.state is not RunState.PAUSED,
+            )
+            outgoing.engine = engine
+            try:
+                await engine.move()
+            except VmferryError as error:
+                if not engine.committed:
+                    raise
+                log.alarm("handoff-unanswered", id=record.id, problem=error.message)
+                await self._settle(outgoing, engine, error)
+            await finish_source(self, engine, vm, began)
+        finally:
+            await link.close()
+
+    async def _connect(self, peer: str) -> PeerLink:
+        return await self._peers.connect(peer)
+
+    async def _require_checked(self, record: MigrationRecord, options: MigrateOptions, link: PeerLink, vm: Vm) -> None:
+        assert vm.guest is not None
+        result = await check(self._parts, vm.guest, link, options)
+        await self._journal.save_document(record.id, "checked", encode(result))
+        self._views.change(record.id, prediction=result.prediction)
+        if not result.ok:
+            obstacles = [f for f in result.findings if f.severity is Severity.ERROR]
+            raise Refused(
+                "refused", _sentence(obstacles), f"All findings: vmferry vm check {record.vm_name} --to {link.peer}."
+            )
+
+    def _show(self, migration_id: str, progress: Progress) -> None:
+        self._views.change(migration_id, progress=progress)
+
+    async def _fail(self, outgoing: Outgoing, record: MigrationRecord, outcome: Outcome, reason: Reason) -> None:
+        """The guest is here; the record is closed and the VM let go."""
+        engine = outgoing.engine
+        record = engine.record if engine else record
+        if record.state is RecordState.ACTIVE:
+            await self._journal.move(record, RecordState.ENDED)
+        await self._vms.release(outgoing.vm)
+        await self._views.end(record.id, outcome, reason)
+        log.event("migration-ended", id=record.id, outcome=outcome, reason=reason.code, message=reason.message)
+
+    # -- settling ----------------------------------------------------------------------------------------------------
+
+    async def _settle(self, outgoing: Outgoing, engine: SourceMigration, error: VmferryError) -> None:
+        """After a handoff that was not answered: asks until it is known. Returns when the target has the VM.
+
+        Raises Failed `taken-back` when it is certain that the target has not and never will.
+        """
+        migration_id, attempt, since = engine.record.id, 0, time.monotonic()
+        while True:
+            decision = await engine.settle()
+            log.event("handoff-asked", id=migration_id, act=decision.act, why=decision.why)
+            if decision.act is Act.FINISH:
+                if engine.record.state is RecordState.HANDED_OVER:
+                    engine.record = await self._journal.move(engine.record, RecordState.TAKEN)
+                self._views.change(migration_id, outcome=Outcome.RUNNING, reason=None)
+                return
+            if decision.act is Act.TAKE_BACK:
+                raise Failed(
+                    "taken-back",
+                    f"The target has refused the VM; it runs here again. Before that: {error.message}",
+                    error.fix,
+                )
+            if time.monotonic() - since > _UNKNOWN_AFTER_S:
+                self._views.change(migration_id, outcome=Outcome.UNKNOWN, reason=_unknown(engine.record, decision.why))
+                await self._views.save(migration_id)
+            await asyncio.sleep(_SETTLE_PAUSE_S[min(attempt, len(_SETTLE_PAUSE_S) - 1)])
+            attempt += 1
+
+    # -- ending from outside -----------------------------------------------------------------------------------------
+
+    async def cancel(self, migration_id: str) -> MigrationView:
+        """Ends it with the guest running here. Raises Conflict after the handoff, or when it has ended."""
+        view = self._views.get(migration_id)
+        outgoing = self._outgoing.get(migration_id)
+        if view.role is Role.TARGET:
+            raise Conflict("not-the-source", f"It is cancelled on its source, {view.source}.", f"--host {view.source}")
+        if outgoing is None or outgoing.task is None:
+            raise Conflict("migration-ended", f"Migration {migration_id} has ended ({view.outcome}).", "")
+        if outgoing.engine is not None and outgoing.engine.committed:
+            raise Conflict(
+                "handed-over", "The VM has been handed over to the target already.", "Migrate it back when it is done."
+            )
+        outgoing.task.cancel()
+        await asyncio.wait([outgoing.task])
+        return self._views.get(migration_id)
+
+    async def recover(self, migration_id: str, dead: str | None) -> MigrationView:
+        """Shows, or asks anew, what an unknown outcome is. Raises Conflict when there is nothing to recover."""
+        view = self._views.get(migration_id)
+        if view.outcome is not Outcome.UNKNOWN:
+            raise Conflict("nothing-unknown", f"The outcome of {migration_id} is known: {view.outcome}.", "")
+        if dead is not None:
+            raise WrongInput(
+                "not-yet",
+                "Declaring a host dead is not possible in this version.",
+                "Bring the host back: the migration then settles by itself.",
+            )
+        outgoing = self._outgoing.get(migration_id)
+        if outgoing is not None and outgoing.engine is not None:
+            await outgoing.engine.settle()
+        return self._views.get(migration_id)
+
+    # -- the daemon's start and end ----------------------------------------------------------------------------------
+
+    async def resume_after_restart(self, record: MigrationRecord) -> None:
+        """Goes on with an outgoing migration that an earlier life of the daemon left unfinished."""
+        vm = self._vms.by_id(record.vm_id)
+        if vm is None:
+            await self._forget(record)
+            return
+        outgoing = Outgoing(vm)
+        self._outgoing[record.id] = outgoing
+        outgoing.task = asyncio.create_task(self._resume(outgoing, record))
+
+    async def _forget(self, record: MigrationRecord) -> None:
+        if record.state is RecordState.TAKEN:
+            await self._journal.move(record, RecordState.ENDED)
+            with contextlib.suppress(VmferryError):
+                await self._views.end(record.id, Outcome.COMPLETED, None)
+
+    async def _resume(self, outgoing: Outgoing, record: MigrationRecord) -> None:
+        try:
+            await self._resume_known(outgoing, record)
+        except VmferryError as error:
+            await self._fail(outgoing, record, Outcome.FAILED, Reason(error.code, error.message, error.fix))
+        finally:
+            self._outgoing.pop(record.id, None)
+
+    async def _resume_known(self, outgoing: Outgoing, record: MigrationRecord) -> None:
+        vm, guest = outgoing.vm, outgoing.vm.guest
+        link = _NoLink(record.peer)
+        restarted = Failed("daemon-restarted", "vmferryd ended during the migration.", "Migrate again.")
+        if guest is None:
+            if record.state is RecordState.ACTIVE:
+                raise restarted
+            self._views.change(record.id, outcome=Outcome.UNKNOWN, reason=_unknown(record, "its guest is gone here"))
+            return
+        engine = SourceMigration(
+            parts=self._parts,
+            guest=guest,
+            link=link,
+            record=record,
+            options=self._views.get(record.id).options,
+            events=SourceEvents(phase=lambda _: None, progress=lambda _: None),
+            connect=lambda: self._connect(record.peer),
+            was_running=vm.wanted == "running",
+        )
+        outgoing.engine = engine
+        if record.state is RecordState.ACTIVE:
+            await engine.undo_after_restart()
+            raise restarted
+        engine.commit_after_restart()
+        await self._settle(outgoing, engine, restarted)
+        await finish_source(self, engine, vm, time.monotonic())
+
+    async def close(self) -> None:
+        """The daemon ends: no new migrations; those under way are waited for."""
+        self._closing = True
+        tasks = [outgoing.task for outgoing in self._outgoing.values() if outgoing.task]
+        if tasks:
+            log.event("waiting-for-migrations", count=len(tasks))
+            await asyncio.wait(tasks)
+
+    # -- for outcome.py ----------------------------------------------------------------------------------------------
+
+    @property
+    def parts(self) -> HostParts:
+        """This host."""
+        return self._parts
+
+    @property
+    def journal(self) -> Journal:
+        """This host's journal."""
+        return self._journal
+
+    @property
+    def views(self) -> MigrationViews:
+        """What is shown."""
+        return self._views
+
+    @property
+    def vms(self) -> Vms:
+        """The VMs."""
+        return self._vms
+
+    @property
+    def tls_dir(self) -> Path:
+        """Where the host's identity is."""
+        return self._tls_dir
+
+
+class _NoLink:
+    """Stands for the link of an earlier life: everything on it is unreachable."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.local_address = self.peer_address = ""
+        self.rtt_ms = 0.0
+
+    async def call(self, request: object, reply: type[Any], timeout_s: float = 0) -> Any:
+        raise OutcomeUnknown("link-lost", f"The connection to {self.peer} was lost with the daemon.", "")
+
+    async def wait_lost(self) -> VmferryError:
+        return Failed("link-lost", "The connection was lost with the daemon.", "")
+
+    async def close(self) -> None:
+        return
+
+
+def _sentence(obstacles: list[Finding]) -> str:
+    first = obstacles[0]
+    more = f" ({len(obstacles) - 1} more)" if len(obstacles) > 1 else ""
+    return f"The check found: {first.message} {first.fix}".strip() + more
+
+
+def _unknown(record: MigrationRecord, why: str) -> Reason:
+    return Reason(
+        "outcome-unknown",
+        f"The VM was handed over to {record.peer}, and {why}. The guest stays paused here.",
+        f"It settles by itself when {record.peer} answers; ask at once with: vmferry migration recover {record.id}.",
+    )

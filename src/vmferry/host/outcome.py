@@ -1,0 +1,110 @@
+"""The last phase of an outgoing migration: forward only. The source is given up for good, the receipt is written."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from vmferry.api.codec import encode
+from vmferry.api.signing import sign_document
+from vmferry.host import log
+from vmferry.host.migration_views import close_phase, now_text
+from vmferry.host.vms import Vm
+from vmferry.migration.finish import (
+    delete_boot_files,
+    delete_disks,
+    give_up_source,
+    put_disks_aside,
+    see_it_run,
+    see_mac_away,
+)
+from vmferry.migration.messages import Done, Finish, RunningSeen
+from vmferry.migration.records import RecordState
+from vmferry.migration.source import SourceMigration
+from vmferry.model.errors import VmferryError
+from vmferry.model.migration import MigrationView, Outcome, Phase, Reason
+from vmferry.model.receipt import Bytes, Frames, NetworkProof, PredictedTimes, Receipt, Verified
+from vmferry.network.gate import GateCounters
+
+if TYPE_CHECKING:
+    from vmferry.host.migrations import Migrations
+
+
+async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began: float) -> None:
+    """Everything after the target has taken the VM. Every step may be repeated."""
+    parts, record, journal = host.parts, engine.record, host.journal
+    host.views.enter(record.id, Phase.FINISH)
+    if record.state is RecordState.HANDED_OVER:
+        record = engine.record = await journal.move(record, RecordState.TAKEN)
+    host.vms.give_away(vm)
+    seen = await see_it_run(engine.link, record.id)
+    away = await see_mac_away(parts, engine.guest)
+    counters = await give_up_source(parts, engine.guest, engine.gates, record)
+    await engine.let_go()
+    aside = await put_disks_aside(parts, record)
+    reason = None
+    if seen.running and not record.keep_source:
+        await delete_disks(parts, aside)
+        await delete_boot_files(parts, record.vm_id)
+    elif not seen.running:
+        reason = Reason(
+            "guest-not-seen",
+            f"{record.peer} has taken the VM, but its vCPUs were not seen to run. The disks were kept here.",
+            f"Look at it there. The disks are set aside: {', '.join(aside)}.",
+        )
+        log.alarm("guest-not-seen", id=record.id, vm=record.vm_name, target=record.peer)
+    total_ms = (time.monotonic() - began) * 1000
+    receipt = _receipt(host, engine, host.views.get(record.id), seen, counters, away, total_ms)
+    document: dict[str, Any] = encode(receipt)
+    document["signature"] = sign_document(host.tls_dir, document)
+    await journal.save_document(record.id, "receipt", document)
+    try:
+        await engine.link.call(Finish(record.id, document), Done)
+    except VmferryError as error:
+        log.alarm("finish-not-told", id=record.id, problem=error.message)
+    await journal.move(record, RecordState.ENDED)
+    await host.views.end(
+        record.id, Outcome.COMPLETED, reason, blackout_ms=receipt.blackout_ms, total_ms=receipt.total_ms
+    )
+    log.event("migration-ended", id=record.id, outcome="completed", blackout_ms=receipt.blackout_ms)
+
+
+def _receipt(
+    host: Migrations,
+    engine: SourceMigration,
+    view: MigrationView,
+    seen: RunningSeen,
+    counters: GateCounters,
+    away: bool | None,
+    total_ms: float,
+) -> Receipt:
+    measured, switchover = engine.measured, engine.measured.switchover
+    prediction = view.prediction
+    return Receipt(
+        id=view.id,
+        vm=view.vm,
+        kind=view.mode,
+        source=view.source,
+        target=view.target,
+        outcome=Outcome.COMPLETED,
+        started_at=view.started_at,
+        phases=close_phase(view.phases, now_text()),
+        total_ms=round(total_ms, 1),
+        blackout_ms=round(measured.blackout_ms, 2),
+        predicted=PredictedTimes(prediction.total_ms, prediction.blackout_ms) if prediction else None,
+        rounds=measured.rounds,
+        bytes=Bytes(memory=measured.memory_bytes, disks=measured.disk_bytes),
+        frames=Frames(
+            held=seen.held,
+            forwarded=counters.frames + counters.others,
+            lost=counters.dropped + seen.dropped,
+        ),
+        verified=Verified(
+            memory=switchover.memory if switchover else None, disks=switchover.disk_digests if switchover else ()
+        ),
+        network=NetworkProof(reachable_before=True if engine.guest.spec.nics else None, reachable_after=away),
+        options=view.options,
+        versions={"vmferry": host.parts.version, "qemu": ".".join(map(str, host.parts.features.version))},
+        generation=view.generation,
+        switchover=switchover.timeline.steps() if switchover else (),
+    )

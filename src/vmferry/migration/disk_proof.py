@@ -1,0 +1,274 @@
+"""The proof that the target's disks equal the source's, made while the guest runs.
+
+Each host digests its own copy through a read-only NBD export of its own QEMU. On the source a dirty bitmap records what
+the guest writes meanwhile; those chunks are read again on both sides, again and again, so that at the stop only those
+of the last moments are left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+from collections.abc import Sequence
+from pathlib import Path
+
+from vmferry.migration.guest import RunningGuest
+from vmferry.migration.host_parts import HostParts
+from vmferry.migration.link import PeerLink
+from vmferry.migration.messages import DigestDisk, DiskDigested, RedigestDisk
+from vmferry.model.errors import Failed
+from vmferry.model.names import stream_name
+from vmferry.model.receipt import DiskDigests as DiskVerdict
+from vmferry.qemu.blocks import add_bitmap, remove_bitmap
+from vmferry.qemu.exports import export_readonly, remove_export, start_local_nbd_server, stop_exports
+from vmferry.qemu.layout import device_node
+from vmferry.qemu.monitor import QmpRefused
+from vmferry.storage.digest import DiskDigests, compare, digest_disk, pack, pack_part, redigest, unpack, with_part
+from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
+
+_REFRESH_EVERY_S = 0.15
+_DIGEST_LIMIT_S = 24 * 3600.0
+_MOST_DIFFERENCES = 1 << 20
+
+
+class DiskReader:
+    """One connection for digests of one disk, used by one thread at a time."""
+
+    def __init__(self, client: NbdClient) -> None:
+        self._client = client
+        self._digests: DiskDigests | None = None
+        self._turn = asyncio.Lock()
+
+    @classmethod
+    async def connect(cls, address: NbdAddress) -> DiskReader:
+        """Raises as `NbdClient.connect` does."""
+        return cls(await asyncio.to_thread(NbdClient.connect, address))
+
+    @property
+    def digests(self) -> DiskDigests:
+        """Those of the last reading. Raises Failed `not-digested`."""
+        if self._digests is None:
+            raise Failed("not-digested", "The disk was not digested yet.", "")
+        return self._digests
+
+    async def digest(self) -> None:
+        """Reads the whole disk."""
+        async with self._turn:
+            self._digests = await asyncio.to_thread(digest_disk, self._client)
+
+    async def redigest(self, extents: Sequence[Extent]) -> None:
+        """Reads these extents again."""
+        async with self._turn:
+            self._digests = await asyncio.to_thread(redigest, self._client, self.digests, extents)
+
+    async def dirty(self, bitmap: str) -> tuple[Extent, ...]:
+        """What the bitmap has recorded."""
+        async with self._turn:
+            return await asyncio.to_thread(dirty_extents, self._client, bitmap)
+
+    def use(self, other: DiskReader) -> None:
+        """Takes over the digests of an earlier connection."""
+        self._digests = other._digests
+
+    async def close(self) -> None:
+        """Ends the connection; a reading in another thread ends with an error."""
+        self._client.abort()
+        async with self._turn:
+            await asyncio.to_thread(self._client.close)
+
+
+# -- the target ------------------------------------------------------------------------------------------------------
+
+
+async def open_target_readers(parts: HostParts, guest: RunningGuest, port: int) -> dict[str, DiskReader]:
+    """Read-only exports beside the writable ones, and a connection to each."""
+    readers: dict[str, DiskReader] = {}
+    context = await asyncio.to_thread(_own_context, parts.stream_dir) if parts.stream_dir else None
+    for disk in guest.spec.disks:
+        export = f"{disk.name}.proof"
+        await export_readonly(guest.monitor, device_node(disk.name), export)
+        address = NbdAddress((parts.address, port), export, tls=context, tls_name=stream_name(parts.name))
+        readers[disk.name] = await DiskReader.connect(address)
+    return readers
+
+
+def _own_context(stream_dir: Path) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(stream_dir / "ca-cert.pem"))
+    context.load_cert_chain(stream_dir / "client-cert.pem", stream_dir / "client-key.pem")
+    return context
+
+
+async def answer_digest(reader: DiskReader) -> DiskDigested:
+    """The target's answer to `DigestDisk`."""
+    await reader.digest()
+    return DiskDigested(await asyncio.to_thread(pack, reader.digests))
+
+
+async def answer_redigest(reader: DiskReader, request: RedigestDisk) -> DiskDigested:
+    """The target's answer to `RedigestDisk`: only the digests of the chunks that were read again."""
+    extents = _extents(request.extents)
+    await reader.redigest(extents)
+    return DiskDigested(pack_part(reader.digests, extents))
+
+
+# -- the source ------------------------------------------------------------------------------------------------------
+
+
+class SourceProof:
+    """The source's half for all disks of a guest, and the comparison."""
+
+    def __init__(self, guest: RunningGuest, link: PeerLink, migration_id: str) -> None:
+        self._guest = guest
+        self._link = link
+        self._migration_id = migration_id
+        self._socket = guest.process.run_dir / "proof.sock"
+        self._disks = [disk.name for disk in guest.spec.disks]
+        self._readers: dict[str, DiskReader] = {}
+        self._theirs: dict[str, DiskDigests] = {}
+        self._round = 0
+        self._go = asyncio.Event()
+        self._go.set()
+        self._reading = True
+        self._serving = False
+        self.proven = False
+
+    async def open(self) -> None:
+        """Starts to record writes and connects; before the first digest. Idempotent leftovers are removed first."""
+        await clear_proof(self._guest)
+        await start_local_nbd_server(self._guest.monitor, self._socket)
+        self._serving = True
+        for name in self._disks:
+            self._readers[name] = await self._record(name, 0)
+
+    async def run(self) -> None:
+        """Digests everything once, then what was written since, again and again. Ends only when it is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for name in self._disks:
+                group.create_task(self._digest(name))
+        while True:
+            await self._refresh()
+            self.proven = True
+            self._reading = False
+            await asyncio.sleep(_REFRESH_EVERY_S)
+            await self._go.wait()
+            self._reading = True
+
+    def freeze(self) -> None:
+        """No new reading begins, until `thaw`."""
+        self._go.clear()
+
+    def thaw(self) -> None:
+        """Readings go on."""
+        self._go.set()
+
+    @property
+    def frozen(self) -> bool:
+        """Whether everything was read once and nothing is being read."""
+        return self.proven and not self._reading and not self._go.is_set()
+
+    async def _digest(self, name: str) -> None:
+        request = DigestDisk(self._migration_id, name)
+        theirs, _ = await asyncio.gather(
+            self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), self._readers[name].digest()
+        )
+        self._theirs[name] = await asyncio.to_thread(unpack, theirs.digests)
+
+    async def _record(self, name: str, number: int) -> DiskReader:
+        node, bitmap = device_node(name), _bitmap(number)
+        await add_bitmap(self._guest.monitor, node, bitmap)
+        await export_readonly(self._guest.monitor, node, _export(name, number), (bitmap,))
+        contexts = (ALLOCATION, bitmap_context(bitmap))
+        return await DiskReader.connect(NbdAddress(self._socket, _export(name, number), contexts))
+
+    async def _refresh(self) -> None:
+        """Begins a new recording, then reads again what the old one has: no write falls between the two."""
+        self._round += 1
+        for name in self._disks:
+            old = self._readers[name]
+            fresh = await self._record(name, self._round)
+            extents = await old.dirty(_bitmap(self._round - 1))
+            fresh.use(old)
+            self._readers[name] = fresh
+            await old.close()
+            await self._forget(name, self._round - 1)
+            await self._read_again(name, extents)
+
+    async def _read_again(self, name: str, extents: Sequence[Extent]) -> None:
+        ours = self._readers[name]
+        wanted = _merge(extents, compare(ours.digests, self._theirs[name], _MOST_DIFFERENCES), ours.digests.chunk_bytes)
+        if not wanted:
+            return
+        flat = tuple(number for extent in wanted for number in (extent.offset, extent.length))
+        request = RedigestDisk(self._migration_id, name, flat)
+        part, _ = await asyncio.gather(self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), ours.redigest(wanted))
+        self._theirs[name] = with_part(self._theirs[name], wanted, part.digests)
+
+    async def verdict(self) -> tuple[DiskVerdict, ...]:
+        """The guest is stopped and the mirrors have ended: reads the last writes again and compares.
+
+        Raises Failed `disk-differs` with the disk and the first offset.
+        """
+        async with asyncio.TaskGroup() as group:
+            verdicts = [group.create_task(self._judge(name)) for name in self._disks]
+        return tuple(task.result() for task in verdicts)
+
+    async def _judge(self, name: str) -> DiskVerdict:
+        reader = self._readers[name]
+        await self._read_again(name, await reader.dirty(_bitmap(self._round)))
+        # What was read on the two sides at different moments of a write is read once more, now that nothing writes.
+        await self._read_again(name, ())
+        ours, theirs = reader.digests, self._theirs[name]
+        differing = compare(ours, theirs)
+        if differing:
+            raise Failed(
+                "disk-differs",
+                f"Disk {name} on the target is not what left the source, first at offset {differing[0]}.",
+                "The guest runs on here. Look at the target's storage; then migrate again.",
+            )
+        layer = next(disk.path for disk in self._guest.spec.disks if disk.name == name)
+        return DiskVerdict(name, Path(layer).name, ours.whole, theirs.whole, True)
+
+    async def _forget(self, name: str, number: int) -> None:
+        await remove_export(self._guest.monitor, f"nbd.{_export(name, number)}")
+        await remove_bitmap(self._guest.monitor, device_node(name), _bitmap(number))
+
+    async def close(self, *, clear: bool) -> None:
+        """Closes the connections; with `clear` the guest's exports and recordings go, too."""
+        for reader in self._readers.values():
+            await reader.close()
+        self._readers = {}
+        if clear:
+            await clear_proof(self._guest)
+
+
+async def clear_proof(guest: RunningGuest) -> None:
+    """Removes server, exports and recordings from a guest, also those of an earlier attempt."""
+    monitor = guest.monitor
+    with contextlib.suppress(QmpRefused):  # it does not run
+        await stop_exports(monitor)
+    for node in await monitor.execute("query-named-block-nodes", flat=True):
+        for bitmap in node.get("dirty-bitmaps", ()):
+            if str(bitmap.get("name", "")).startswith(_BITMAP):
+                await remove_bitmap(monitor, node["node-name"], bitmap["name"])
+
+
+_BITMAP = "proof"
+
+
+def _bitmap(number: int) -> str:
+    return f"{_BITMAP}{number}"
+
+
+def _export(name: str, number: int) -> str:
+    return f"{name}.{_BITMAP}{number}"
+
+
+def _extents(flat: Sequence[int]) -> tuple[Extent, ...]:
+    return tuple(Extent(flat[i], flat[i + 1], 0) for i in range(0, len(flat) - 1, 2))
+
+
+def _merge(extents: Sequence[Extent], chunks: Sequence[int], chunk_bytes: int) -> tuple[Extent, ...]:
+    """Dirty extents and differing chunks in order of their offset. Pure."""
+    whole = [(extent.offset, extent.length) for extent in extents] + [(offset, chunk_bytes) for offset in chunks]
+    return tuple(Extent(offset, length, 0) for offset, length in sorted(whole))
