@@ -12,6 +12,7 @@ import errno
 import socket
 import struct
 from collections.abc import Callable
+from enum import Enum
 from typing import Final, Self
 
 from vmferry.model.errors import Failed
@@ -31,6 +32,24 @@ _KEEP_ALL: Final = 0x40000
 
 # Classic BPF: keep what leaves through the device (pkt_type 4, PACKET_OUTGOING), i.e. what goes to the guest of a tap.
 _OUTGOING_ONLY: Final = ((0x30, 0, 0, 0xFFFFF004), (0x15, 0, 1, 4), (0x06, 0, 0, _KEEP_ALL), (0x06, 0, 0, 0))
+_EVERYTHING: Final = ((0x06, 0, 0, _KEEP_ALL),)
+# Keep what comes in to a group address, except 01:80:c2:..., which a bridge keeps to itself.
+_GROUPS_ONLY: Final = (
+    (0x20, 0, 0, 0),  # the first four octets of the destination
+    (0x45, 0, 3, 0x0100_0000),
+    (0x54, 0, 0, 0xFFFF_FF00),
+    (0x15, 1, 0, 0x0180_C200),
+    (0x06, 0, 0, _KEEP_ALL),
+    (0x06, 0, 0, 0),
+)
+
+
+class Recorded(Enum):
+    """Which frames of a device are recorded."""
+
+    TO_GUEST = _OUTGOING_ONLY  # what the host sends into a tap
+    INCOMING = _EVERYTHING  # what the device brings in
+    INCOMING_GROUPS = _GROUPS_ONLY  # broadcasts and multicasts it brings in
 
 
 def _attach_filter(sock: socket.socket, program: tuple[tuple[int, int, int, int], ...]) -> None:
@@ -99,14 +118,11 @@ class FrameSender(_Owner):
 
 
 class FrameRecorder(_Owner):
-    """Keeps a copy of every frame of a device from now on, in the kernel, up to 64 MiB of it, oldest first.
+    """Keeps a copy of every frame of a device from now on, in the kernel, up to 64 MiB of it, oldest first."""
 
-    `outgoing`: the frames the host sends into the device (to a tap's guest); else those the device brings in.
-    """
-
-    def __init__(self, device: str, *, outgoing: bool) -> None:
-        super().__init__(_open(device, ETH_P_ALL, _OUTGOING_ONLY if outgoing else ()))
-        if not outgoing:
+    def __init__(self, device: str, which: Recorded) -> None:
+        super().__init__(_open(device, ETH_P_ALL, which.value))
+        if which is not Recorded.TO_GUEST:
             self._socket.setsockopt(_SOL_PACKET, _PACKET_IGNORE_OUTGOING, 1)
         self._loop: asyncio.AbstractEventLoop | None = None
         self._seen = 0

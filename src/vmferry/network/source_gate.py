@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vmferry.network.announce import Announcer, announcement_frames
-from vmferry.network.frames import FrameRecorder, FrameSender
+from vmferry.network.frames import FrameRecorder, FrameSender, Recorded
 from vmferry.network.messages import (
     ANY_FRAME,
     CLSACT_EGRESS,
@@ -117,7 +117,7 @@ class SourceGate:
             reopen=netlink.prepare(*(redirect_delete(redirect) for redirect in reversed(redirects))),
             reclaim=netlink.prepare(fdb_replace(port.ifindex, port.mac, sticky=True)),
             forward=opened.enter_context(FrameSender(name)),
-            returned=opened.enter_context(FrameRecorder(name, outgoing=False)),
+            returned=opened.enter_context(FrameRecorder(name, Recorded.INCOMING)),
             inject=opened.enter_context(FrameSender(port.name, bypass=True)),
             announcer=opened.enter_context(Announcer(self._uplinks, self._frames)),
         )
@@ -153,7 +153,7 @@ class SourceGate:
         For a guest that may stop before the gate is closed, because QEMU chooses the moment. Raises KernelRefused.
         """
         if self._recorder is None:
-            self._recorder = self._open.enter_context(FrameRecorder(self._port.name, outgoing=True))
+            self._recorder = self._open.enter_context(FrameRecorder(self._port.name, Recorded.TO_GUEST))
 
     def drain(self, stopping_since: float | None = None) -> int:
         """Sends what is left in the port's ring to the target; how many frames. Only with the gate closed and the

@@ -32,7 +32,7 @@ async def finish(segment: Segment, source: Worker, target: Worker, old: str) -> 
     await source.call("drop", vm=old)
 
 
-@pytest.mark.parametrize("kinds", ["u", "uuuf", "uuubuufg"])
+@pytest.mark.parametrize("kinds", ["u", "uuuf", "uuubuufg", "bu"])
 async def test_no_frame_is_lost_there_and_back(tmp_path: Path, kinds: str) -> None:
     async with Segment(tmp_path) as segment:
         await segment.boot(segment.a, "v0")
@@ -155,6 +155,7 @@ async def test_a_full_ring_is_counted(tmp_path: Path) -> None:
         await segment.a.call("make_source", vm="old", migration="m", local="10.99.0.1", remote="10.99.0.2")
         await segment.b.call("target.plug")
         await segment.a.call("source.close")
+        assert await segment.a.call("source.settle", timeout_ms=2000)
         await segment.held(segment.b, 50)
         sent = await segment.client.call("stop")
         await segment.guest.call("stop", label="old")
