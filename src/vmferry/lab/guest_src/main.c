@@ -14,6 +14,7 @@
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/reboot.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -130,10 +131,14 @@ static void read_options(void)
         options.disk = 1;
 }
 
-static void start(const char *name, void (*run)(void))
+/* Services answer before workloads get the CPU: a probe is to see the host's pauses, not the guest's own queue. */
+enum { SERVICE = -15, WORKLOAD = 5 };
+
+static void start(const char *name, void (*run)(void), int niceness)
 {
     pid_t pid = fork();
     if (pid == 0) {
+        setpriority(PRIO_PROCESS, 0, niceness);
         run();
         say("vf: %s ended", name);
         _exit(1);
@@ -216,18 +221,18 @@ int main(void)
     shared->memory_check_bytes = options.check_mb * 1000000;
     shared->disk_rate = options.disk_rate;
     if (options.udp_port)
-        start("udp echo", run_udp_echo);
+        start("udp echo", run_udp_echo, SERVICE);
     if (options.tcp_port)
-        start("tcp echo", run_tcp_echo);
+        start("tcp echo", run_tcp_echo, SERVICE);
     if (options.stream_port)
-        start("stream", run_stream);
-    start("status", run_status);
+        start("stream", run_stream, SERVICE);
+    start("status", run_status, SERVICE);
     if (options.wss_mib)
-        start("memory", run_memory);
+        start("memory", run_memory, WORKLOAD);
     if (options.disk)
-        start("disk", run_disk);
+        start("disk", run_disk, WORKLOAD);
     say("vf: ready %s", shared->boot_id);
     if (options.shell)
-        start("shell", run_shell);
+        start("shell", run_shell, 0);
     supervise();
 }
