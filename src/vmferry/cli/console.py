@@ -46,6 +46,7 @@ def attach(path: Path) -> None:
         print_note("connected; Ctrl-] leaves")
         with _raw_terminal():
             ended = _pump(console, sys.stdin.fileno(), sys.stdout.fileno())
+    print_note("")  # the guest may have left the cursor anywhere
     print_note(ended)
 
 

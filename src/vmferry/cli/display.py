@@ -53,8 +53,13 @@ def text(content: object, style: str = "") -> Text:
 
 
 def show(item: RenderableType) -> None:
-    """Prints for people."""
-    console().print(item)
+    """Prints for people; into a file or pipe without the spaces that fill up lines."""
+    if console().is_terminal:
+        console().print(item)
+        return
+    with console().capture() as drawn:
+        console().print(item)
+    console().file.write("".join(f"{row.rstrip()}\n" for row in drawn.get().splitlines()))
 
 
 def line(content: object, style: str = "") -> None:

@@ -39,7 +39,9 @@ def _ms(value: float | None) -> str:
 
 
 def _outcome(view: MigrationView) -> Text:
-    return text(view.outcome.value, _STYLES[view.outcome])
+    known = view.reason is not None and view.reason.code != view.outcome.value
+    why = f" ({view.reason.code})" if view.reason and known else ""
+    return text(view.outcome.value + why, _STYLES[view.outcome])
 
 
 def show_migration(view: MigrationView) -> None:
@@ -54,7 +56,7 @@ def show_migration(view: MigrationView) -> None:
 def _facts(view: MigrationView) -> Iterator[tuple[str, object]]:
     yield "outcome", _outcome(view)
     if view.reason:
-        yield "reason", f"{view.reason.message} ({view.reason.code})"
+        yield "reason", view.reason.message
         yield "fix", view.reason.fix
     yield "id", view.id
     yield "phase", view.phase.value
