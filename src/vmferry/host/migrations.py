@@ -215,9 +215,24 @@ class Migrations:
                     raise
                 log.alarm("handoff-unanswered", id=record.id, problem=error.message)
                 await self._settle(outgoing, engine, error)
-            await finish_source(self, engine, vm, began)
+            await self._finish(engine, vm, began)
         finally:
             await link.close()
+
+    async def _finish(self, engine: SourceMigration, vm: Vm, began: float) -> None:
+        """Forward only: whatever goes wrong here, the VM is the target's and the migration has succeeded."""
+        try:
+            await finish_source(self, engine, vm, began)
+        except Exception as error:  # noqa: BLE001 - a bug in the clean-up must not be told as a failed migration
+            log.defect("finish-defect", error, id=engine.record.id)
+            reason = Reason(
+                "finish-incomplete",
+                f"The VM runs on {engine.record.peer}; tidying up here failed ({type(error).__name__}: {error}).",
+                "Restart vmferryd here: it goes on with it.",
+            )
+            await self._views.end(
+                engine.record.id, Outcome.COMPLETED, reason, blackout_ms=round(engine.measured.blackout_ms, 2)
+            )
 
     async def _connect(self, peer: str) -> PeerLink:
         return await self._peers.connect(peer)
@@ -359,7 +374,7 @@ class Migrations:
             raise restarted
         engine.commit_after_restart()
         await self._settle(outgoing, engine, restarted)
-        await finish_source(self, engine, vm, time.monotonic())
+        await self._finish(engine, vm, time.monotonic())
 
     async def close(self) -> None:
         """The daemon ends: no new migrations; those under way are waited for."""

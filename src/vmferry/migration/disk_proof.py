@@ -143,9 +143,7 @@ class SourceProof:
 
     async def run(self) -> None:
         """Digests everything once, then what was written since, again and again. Ends only when it is cancelled."""
-        async with asyncio.TaskGroup() as group:
-            for name in self._disks:
-                group.create_task(self._digest(name))
+        await asyncio.gather(*(self._digest(name) for name in self._disks))
         while True:
             await self._refresh()
             self.proven = True
@@ -204,21 +202,25 @@ class SourceProof:
         part, _ = await asyncio.gather(self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), ours.redigest(wanted))
         self._theirs[name] = with_part(self._theirs[name], wanted, part.digests)
 
-    async def verdict(self) -> tuple[DiskVerdict, ...]:
-        """The guest is stopped and the mirrors have ended: reads the last writes again and compares.
+    async def read_last(self) -> None:
+        """The guest is stopped: reads the writes of the last moments again. The mirrors may still be ending."""
+        await asyncio.gather(*(self._read_last(name) for name in self._disks))
 
+    async def _read_last(self, name: str) -> None:
+        await self._read_again(name, await self._readers[name].dirty(_bitmap(self._round)))
+
+    async def verdict(self) -> tuple[DiskVerdict, ...]:
+        """After `read_last`, with the mirrors ended: whether the copies are equal.
+
+        While the source's disks are still active, that is before the stream goes on: an inactive one cannot be read.
         Raises Failed `disk-differs` with the disk and the first offset.
         """
-        async with asyncio.TaskGroup() as group:
-            verdicts = [group.create_task(self._judge(name)) for name in self._disks]
-        return tuple(task.result() for task in verdicts)
+        return tuple(await asyncio.gather(*(self._judge(name) for name in self._disks)))
 
     async def _judge(self, name: str) -> DiskVerdict:
-        reader = self._readers[name]
-        await self._read_again(name, await reader.dirty(_bitmap(self._round)))
         # What was read on the two sides at different moments of a write is read once more, now that nothing writes.
         await self._read_again(name, ())
-        ours, theirs = reader.digests, self._theirs[name]
+        ours, theirs = self._readers[name].digests, self._theirs[name]
         differing = compare(ours, theirs)
         if differing:
             raise Failed(
@@ -227,7 +229,8 @@ class SourceProof:
                 "The guest runs on here. Look at the target's storage; then migrate again.",
             )
         layer = next(disk.path for disk in self._guest.spec.disks if disk.name == name)
-        return DiskVerdict(name, Path(layer).name, ours.whole, theirs.whole, True)
+        ours_whole, theirs_whole = ours.whole, theirs.whole
+        return DiskVerdict(name, Path(layer).name, ours_whole, theirs_whole, ours_whole == theirs_whole)
 
     async def _forget(self, name: str, number: int) -> None:
         await remove_export(self._guest.monitor, f"nbd.{_export(name, number)}")

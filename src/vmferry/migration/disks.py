@@ -238,8 +238,13 @@ class SourceDisks:
             self._proof.thaw()
         return self._proof.frozen
 
+    async def read_last(self) -> None:
+        """The guest is stopped: the writes of the last moments are read again on both sides."""
+        if self._proof is not None:
+            await self._proof.read_last()
+
     async def compare(self) -> tuple[DiskVerdict, ...]:
-        """The last comparison, when nothing writes any more. Raises Failed `disk-differs`."""
+        """The last comparison, when the mirrors have ended. Raises Failed `disk-differs`."""
         return await self._proof.verdict() if self._proof is not None else ()
 
     async def finish(self) -> None:

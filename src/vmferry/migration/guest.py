@@ -76,10 +76,11 @@ async def create_ports(parts: HostParts, spec: VmSpec, *, plugged: bool) -> list
 
 async def remove_ports(parts: HostParts, ports: list[Port]) -> None:
     """Removes the ports; those that are gone already are fine."""
-    for port in ports:
+    # Taken off the list first: two clean-ups at once must not close the same descriptor number twice.
+    while ports:
+        port = ports.pop()
         close_port(port)
         await remove_port(parts.netlink, port.name)
-    ports.clear()
 
 
 async def build_guest(parts: HostParts, spec: VmSpec, ports: list[Port], *, incoming: bool) -> RunningGuest:

@@ -65,13 +65,14 @@ class HostUse:
 
 async def check(parts: HostParts, guest: RunningGuest, link: PeerLink, options: MigrateOptions) -> CheckResult:
     """All findings of both hosts and the prediction. Changes nothing. Raises only what ends the link."""
-    facts = await _facts(parts, guest, link.peer)
+    facts = await _facts(parts, guest)
+    rate = await _measure_link(link)  # alone: what else the check does would slow it down
     results = await asyncio.gather(
         _find_here(parts, guest),
         _find_there(parts, guest, link, options, facts),
         _find_paths(parts, guest.spec, link, options),
         _find_rehearsed(parts, guest, link),
-        _measure(guest, link, facts),
+        _measure(guest, facts, rate),
     )
     findings = [finding for result in results[:4] for finding in result]
     prediction = predict(results[4], options)
@@ -87,7 +88,7 @@ async def check(parts: HostParts, guest: RunningGuest, link: PeerLink, options: 
     )
 
 
-async def _facts(parts: HostParts, guest: RunningGuest, target: str) -> SourceFacts:
+async def _facts(parts: HostParts, guest: RunningGuest) -> SourceFacts:
     allocated = {disk.name: await _allocated(disk) for disk in guest.spec.disks}
     mtus = {name: switch.mtu for name, switch in parts.switches.items()}
     return SourceFacts(
@@ -179,8 +180,7 @@ async def _find_rehearsed(parts: HostParts, guest: RunningGuest, link: PeerLink)
     return [await rehearse(parts, link, guest.spec)]
 
 
-async def _measure(guest: RunningGuest, link: PeerLink, facts: SourceFacts) -> Measured:
-    rate = await _measure_link(link)
+async def _measure(guest: RunningGuest, facts: SourceFacts, rate: int) -> Measured:
     dirty = await estimate_dirty_rate(guest.monitor, 1)
     return Measured(
         memory_bytes=await asyncio.to_thread(_allocated_memory, guest),

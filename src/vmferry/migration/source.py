@@ -42,7 +42,7 @@ from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Verify
 from vmferry.model.names import stream_name
 from vmferry.qemu.memory_image import MemoryReader
-from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source
+from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, set_throttle
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 2.0
@@ -187,12 +187,12 @@ class SourceMigration:
             settings = StreamSettings(
                 postcopy=self.options.post_copy is PostCopy.ALLOW,
                 auto_converge=self.options.max_slowdown_percent > 0,
-                throttle_max_percent=1,
                 tls_creds=SOURCE_TLS.creds(self.parts),
                 tls_hostname=stream_name(self.link.peer) if self.parts.stream_dir else "",
                 max_bandwidth=self.options.bandwidth_bps // 8,
             )
             await prepare_source(monitor, settings)
+            await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
             if switchover.verify_disks:
                 proof = asyncio.create_task(_require(self._disks).prove(self.link, self.record.id))
             await memory.start(peer_address, prepared.memory_port)

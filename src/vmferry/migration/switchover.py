@@ -18,7 +18,7 @@ from vmferry.migration.link import PeerLink
 from vmferry.migration.messages import AwaitLoaded, Done, Loaded, PlugPorts
 from vmferry.model.errors import Failed
 from vmferry.model.receipt import DiskDigests, MemoryDigests, Step
-from vmferry.qemu.memory_image import MemoryReader
+from vmferry.qemu.memory_image import MemoryDigest, MemoryReader
 from vmferry.qemu.memory_stream import continue_switchover, expect_status, observe_migration, set_switchover_limit
 from vmferry.qemu.monitor import QmpEvent
 
@@ -106,47 +106,50 @@ class Switchover:
             ) from error
 
     async def _transfer(self) -> None:
-        monitor, mark = self.guest.monitor, self.timeline.mark
         stop = await self.stopped
         self.timeline.stop_ns = stop.received_ns
-        mark("guest stopped", stop.received_ns)
+        self.timeline.mark("guest stopped", stop.received_ns)
         digest = asyncio.create_task(self.verify_memory.digest()) if self.verify_memory else None
+        last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
         try:
-            waiting = await self.waiting
-            if waiting.data["status"] != "pre-switchover":
-                raise await self._stream_failed()
-            mark("state ready", waiting.received_ns)
-            self.leftover_frames = self.gates.drain()
-            await self.disks.finish()
-            mark("disks complete")
-            await continue_switchover(monitor)
-            compared = asyncio.create_task(self._compare_disks())
-            try:
-                completed = await self.completed
-                if completed.data["status"] != "completed":
-                    raise await self._stream_failed()
-                mark("state sent", completed.received_ns)
-                loaded = await self.loaded
-                if loaded.problem:
-                    raise Failed("target-load", f"The target could not load the guest's state: {loaded.problem}", _LOAD)
-                mark("state loaded")
-                await compared
-            finally:
-                compared.cancel()
+            await self._complete_disks(last_writes)
+            loaded = await self._send_state()
             if digest is not None:
-                await self._compare_memory(await digest, loaded)
+                self._compare_memory(await digest, loaded)
         finally:
-            if digest is not None:
-                digest.cancel()
+            for task in (digest, last_writes):
+                if task is not None:
+                    task.cancel()
 
-    async def _compare_disks(self) -> None:
-        if self.verify_disks:
+    async def _complete_disks(self, last_writes: asyncio.Task[None] | None) -> None:
+        """The memory's last pages are sent meanwhile; QEMU then waits for us at pre-switchover."""
+        mark = self.timeline.mark
+        self.leftover_frames = self.gates.drain()
+        waiting = await self.waiting
+        if waiting.data["status"] != "pre-switchover":
+            raise await self._stream_failed()
+        mark("memory sent", waiting.received_ns)
+        await self.disks.finish()
+        mark("disks complete")
+        if last_writes is not None:
+            await last_writes
             self.disk_digests = await self.disks.compare()
-            self.timeline.mark("disks compared")
+            mark("disks compared")
 
-    async def _compare_memory(self, digest: object, loaded: Loaded) -> None:
-        here = str(getattr(digest, "hex", ""))
-        self.memory = MemoryDigests(here, loaded.memory_digest, here == loaded.memory_digest)
+    async def _send_state(self) -> Loaded:
+        await continue_switchover(self.guest.monitor)
+        completed = await self.completed
+        if completed.data["status"] != "completed":
+            raise await self._stream_failed()
+        self.timeline.mark("state sent", completed.received_ns)
+        loaded = await self.loaded
+        if loaded.problem:
+            raise Failed("target-load", f"The target could not load the guest's state: {loaded.problem}", _LOAD)
+        self.timeline.mark("state loaded")
+        return loaded
+
+    def _compare_memory(self, digest: MemoryDigest, loaded: Loaded) -> None:
+        self.memory = MemoryDigests(digest.hex, loaded.memory_digest, digest.hex == loaded.memory_digest)
         self.timeline.mark("memory compared")
         if not self.memory.equal:
             raise Failed(

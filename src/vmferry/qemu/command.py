@@ -94,6 +94,8 @@ def _machine(layout: GuestLayout) -> list[str]:
 
 def _boot(layout: GuestLayout) -> list[str]:
     boot = layout.spec.boot
+    if layout.twin and isinstance(boot, DirectBoot):
+        return []  # it never boots, and the target of a rehearsal has not got the files yet
     if isinstance(boot, DirectBoot):
         arguments = ["-kernel", str(layout.boot_dir / boot.kernel)]
         if boot.initrd is not None:

@@ -92,7 +92,7 @@ async def export_disk(
     arguments: dict[str, object] = {"type": "nbd", "id": export_id, "node-name": node, "name": name}
     arguments["writable"] = writable
     if bitmaps:
-        arguments["bitmaps"] = list(bitmaps)
+        arguments["bitmaps"] = [{"node": node, "name": bitmap} for bitmap in bitmaps]
     if iothread:
         arguments["iothread"] = iothread
     await monitor.execute("block-export-add", arguments=arguments)
@@ -100,7 +100,10 @@ async def export_disk(
 
 
 async def export_readonly(monitor: Monitor, node: str, name: str, bitmaps: Sequence[str] = ()) -> str:
-    """Offers a node for reading (verification), beside a mirror or a writable export of it. Raises QmpRefused."""
+    """Offers a node for reading (verification), beside a mirror or a writable export of it.
+
+    Its bitmaps must be frozen (`blocks.freeze_bitmap`). Raises QmpRefused.
+    """
     return await export_disk(monitor, node, name, writable=False, bitmaps=bitmaps)
 
 
