@@ -269,6 +269,18 @@ class Netlink:
         return PreparedBatch(requests)
 
 
-async def aside(function: Callable[..., Result], *arguments: object) -> Result:
-    """Runs a blocking step of this package in a thread. If the caller is cancelled the step still ends by itself."""
-    return await asyncio.to_thread(function, *arguments)
+async def aside(
+    function: Callable[..., Result], *arguments: object, undo: Callable[[Result], object] | None = None
+) -> Result:
+    """Runs a blocking step of this package in a thread. When it returns or raises, the step is over.
+
+    A cancellation waits for the end of the step (well under a second), undoes it with `undo` and is raised again.
+    """
+    step = asyncio.ensure_future(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(step)
+    except asyncio.CancelledError:
+        await asyncio.wait([step])
+        if not step.cancelled() and step.exception() is None and undo is not None:
+            undo(step.result())
+        raise

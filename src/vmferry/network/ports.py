@@ -76,7 +76,7 @@ async def create_port(netlink: Netlink, request: PortRequest) -> Port:
 
     Raises Conflict `port-exists`, NotFound `switch-missing`, KernelRefused.
     """
-    return await aside(_create, netlink, request)
+    return await aside(_create, netlink, request, undo=close_port)
 
 
 def _create(netlink: Netlink, request: PortRequest) -> Port:

@@ -105,7 +105,7 @@ class PathProbeListener:
         self._port: _SparePort | None = None
 
     async def __aenter__(self) -> Self:
-        port = await aside(_SparePort, self._netlink, self._switch, self._mtu)
+        port = await aside(_SparePort, self._netlink, self._switch, self._mtu, undo=_SparePort.close)
         self._port = port
         port.write(rarp_frame(port.mac))  # so that switches lead the probes here instead of flooding them
         return self

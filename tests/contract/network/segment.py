@@ -76,6 +76,7 @@ class Segment:
         self.path = path
         self.mtu, self.migration_mtu = mtu, migration_mtu
         self.stem = "vmt" + secrets.token_hex(3)
+        self.addresses = ("10.99.0.1", "10.99.0.2")
         self._undo = AsyncExitStack()
 
     def ns(self, name: str) -> str:
@@ -84,11 +85,14 @@ class Segment:
     def ip(self, namespace: str, *arguments: str) -> str:
         return run("ip", "-n", self.ns(namespace), *arguments)
 
+    def in_ns(self, namespace: str, *command: str) -> str:
+        return run("ip", "netns", "exec", self.ns(namespace), *command)
+
     async def __aenter__(self) -> Self:
         try:
             self._build()
             self.a, self.b = await self.worker("a", "host"), await self.worker("b", "host")
-            self.client, self.guest = await self.worker("client", "client"), await self.worker("client", "guest")
+            self.client, self.guest = await self.worker("client", "client"), await self.worker("guest", "guest")
             await self.a.call("switch", mtu=self.mtu)
             await self.b.call("switch", mtu=self.mtu)
             await self.guest.call("listen", path=str(self.path / "guest"), mac=MAC)
@@ -106,11 +110,11 @@ class Segment:
         return worker
 
     def _build(self) -> None:
-        for name in ("sw", "client", "a", "b"):
+        for name in ("sw", "client", "guest", "a", "b"):
             run("ip", "netns", "add", self.ns(name))
             self._undo.callback(run, "ip", "netns", "del", self.ns(name))
             self.ip(name, "link", "set", "dev", "lo", "up")
-            run("ip", "netns", "exec", self.ns(name), "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
+            self.in_ns(name, "sysctl", "-qw", "net.ipv6.conf.default.disable_ipv6=1")
         self.ip("sw", "link", "add", "name", "sw0", "mtu", str(self.mtu), "type", "bridge")
         self.ip("sw", "link", "set", "dev", "sw0", "up")
         for name, device in (("client", "c0"), ("a", "up0"), ("b", "up0")):
@@ -134,7 +138,7 @@ class Segment:
         return sum(stats["rx"]["packets"] + stats["tx"]["packets"] for stats in veths)
 
     def address(self, host: Worker) -> str:
-        return "10.99.0.1" if host is self.a else "10.99.0.2"
+        return self.addresses[0 if host is self.a else 1]
 
     async def boot(self, host: Worker, vm: str) -> None:
         """A port on that host with the running guest behind it."""

@@ -6,7 +6,9 @@ Runs as `python worker.py host|client|guest`; reads one JSON call a line, answer
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import fcntl
+import hashlib
 import json
 import os
 import select
@@ -18,10 +20,20 @@ import time
 from typing import Any
 
 from vmferry.model.errors import VmferryError
-from vmferry.network.announce import Announcer, announcement_frames
+from vmferry.network.announce import Announcer, announce_rounds, announcement_frames
 from vmferry.network.gate import SourceGate, TargetGate, TunnelSpec, remove_leftovers
 from vmferry.network.netlink import Netlink
-from vmferry.network.ports import Port, PortRequest, close_port, create_port, list_ports
+from vmferry.network.ports import (
+    Port,
+    PortRequest,
+    adopt_port,
+    close_port,
+    create_port,
+    list_ports,
+    plug,
+    remove_port,
+    unplug,
+)
 from vmferry.network.probes import (
     PathProbeListener,
     new_nonce,
@@ -29,7 +41,7 @@ from vmferry.network.probes import (
     observe_neighbours,
     send_path_probe,
 )
-from vmferry.network.switches import SwitchConfig, ensure_switch
+from vmferry.network.switches import SwitchConfig, SwitchState, ensure_switch, observe_switch
 
 MAGIC = b"NUMBERED"
 ETHERTYPE = 0x88B6
@@ -48,8 +60,30 @@ class Host:
         self.target: TargetGate | None = None
         self.listener: PathProbeListener | None = None
 
-    async def switch(self, mtu: int = 1500) -> None:
-        await ensure_switch(self.netlink, SwitchConfig("lan", "br0", ("up0",), mtu))
+    async def switch(self, device: str = "br0", uplinks: tuple[str, ...] = ("up0",), **more: Any) -> SwitchState:
+        return await ensure_switch(self.netlink, SwitchConfig("lan", device, tuple(uplinks), **more))
+
+    async def look(self, device: str = "br0", uplinks: tuple[str, ...] = ("up0",)) -> SwitchState:
+        return await observe_switch(self.netlink, SwitchConfig("lan", device, tuple(uplinks)))
+
+    async def plugged(self, vm: str, is_plugged: bool) -> None:
+        await (plug if is_plugged else unplug)(self.netlink, self.ports[vm])
+
+    async def adopt(self, vm: str, interface: str) -> Port:
+        port = self.ports[vm]
+        return await adopt_port(self.netlink, interface, port.fd, port.mac)
+
+    async def remove(self, interface: str) -> None:
+        await remove_port(self.netlink, interface)
+
+    async def cancelled_port(self, vm: str, mac: str) -> bool:
+        """A port whose making is cancelled at once; whether the cancellation came through."""
+        task = asyncio.create_task(self.port(vm, mac, plugged=True))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task])
+        return task.cancelled()
 
     async def port(self, vm: str, mac: str, plugged: bool, mtu: int = 1500, txqueuelen: int = 10_000) -> str:
         request = PortRequest(vm, 0, mac, "br0", mtu=mtu, plugged=plugged, txqueuelen=txqueuelen)
@@ -83,9 +117,9 @@ class Host:
     async def leftovers(self, alive: list[str]) -> list[str]:
         return list(await remove_leftovers(self.netlink, alive))
 
-    async def announce(self, mac: str) -> None:
-        with Announcer(("up0",), announcement_frames(mac)) as announcer:
-            announcer.send()
+    async def announce(self, mac: str, addresses: tuple[str, ...] = ()) -> None:
+        with Announcer(("up0",), announcement_frames(mac, addresses)) as announcer:
+            await announce_rounds(announcer, (1, 2))
 
     async def listen(self, mtu: int) -> str:
         self.listener = PathProbeListener(self.netlink, "br0", mtu)
@@ -173,6 +207,37 @@ class Client:
         await asyncio.to_thread(self.thread.join)
         return self.sent
 
+    async def pour(self, address: str) -> None:
+        """Sends a TCP stream to the guest until `stop_pouring`."""
+        self.stream = socket.create_connection((address, 9), timeout=60)
+        self.going, self.digest, self.poured = True, hashlib.sha256(), 0
+        self.thread = threading.Thread(target=self._pour)
+        self.thread.start()
+
+    def _pour(self) -> None:
+        while self.going:
+            data = os.urandom(1 << 16)
+            self.stream.sendall(data)
+            self.digest.update(data)
+            self.poured += len(data)
+        self.stream.shutdown(socket.SHUT_WR)
+
+    async def stop_pouring(self) -> dict[str, Any]:
+        """Whether the guest got the same, and the kernel's counters of retransmissions (struct tcp_info)."""
+        self.going = False
+        assert self.thread
+        await asyncio.to_thread(self.thread.join)
+        answer = await asyncio.to_thread(self.stream.recv, 32, socket.MSG_WAITALL)
+        info = self.stream.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 256)
+        retransmitted, needlessly, reordered = (struct.unpack_from("=I", info, at)[0] for at in (100, 216, 220))
+        self.stream.close()
+        return {
+            "equal": answer == self.digest.digest(),
+            "retransmitted": retransmitted,
+            "needlessly": needlessly,
+            "reordered": reordered,
+        }
+
 
 class Guest:
     """Reads a tap as QEMU does, keeps what it got, and can be stopped: then it takes one frame more (net/tap.c)."""
@@ -185,6 +250,7 @@ class Guest:
         self.thread: threading.Thread | None = None
         self.wake_read, self.wake_write = os.pipe()
         self.mac = b""
+        self.nic, self.largest = -1, 0
 
     async def listen(self, path: str, mac: str) -> None:
         self.listener = socket.socket(socket.AF_UNIX)
@@ -234,6 +300,54 @@ class Guest:
         _, kind, number, length = HEAD.unpack_from(frame, offset)
         self.got.append((label, kind.decode(), number, len(frame) == length))
 
+    async def make_nic(self, mac: str, address: str) -> None:
+        """A real network stack behind the ports: a tap here whose frames are relayed, with all offloads."""
+        fd = os.open("/dev/net/tun", os.O_RDWR | os.O_NONBLOCK)
+        fcntl.ioctl(fd, 0x400454CA, struct.pack("16sH22x", b"eth0", 0x2 | 0x1000 | 0x4000))
+        fcntl.ioctl(fd, TUNSETVNETHDRSZ, struct.pack("=i", 12))
+        fcntl.ioctl(fd, TUNSETOFFLOAD, OFFLOADS)
+        self.nic = fd
+        for command in (f"link set dev eth0 address {mac} txqueuelen 10000 up", f"address add {address} dev eth0"):
+            process = await asyncio.create_subprocess_exec("ip", *command.split())
+            assert await process.wait() == 0
+
+    async def relay(self, label: str) -> None:
+        self.thread = threading.Thread(target=self._relay, args=(self.taps[label],))
+        self.thread.start()
+
+    def _relay(self, fd: int) -> None:
+        poll = select.poll()
+        for number in (fd, self.nic, self.wake_read):
+            poll.register(number, select.POLLIN)
+        while True:
+            for number, _ in poll.poll():
+                if number == self.wake_read:
+                    os.read(number, 1)
+                    return
+                try:
+                    data = os.read(number, 70000)
+                except BlockingIOError:
+                    continue
+                self.largest = max(self.largest, len(data))
+                while True:
+                    try:
+                        os.write(fd if number == self.nic else self.nic, data)
+                        break
+                    except BlockingIOError:
+                        continue
+
+    async def sink(self) -> None:
+        """A TCP server on port 9 that reads all and answers with the digest of what it read."""
+
+        async def read(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            digest = hashlib.sha256()
+            while data := await reader.read(1 << 18):
+                digest.update(data)
+            writer.write(digest.digest())
+            writer.close()
+
+        self.server = await asyncio.start_server(read, "0.0.0.0", 9)
+
     async def stop(self, label: str) -> int:
         """As QEMU after STOP: it reads one frame more if there is one, keeps it, and then reads no more."""
         os.write(self.wake_write, b"x")
@@ -269,7 +383,7 @@ async def call(owner: Any, name: str, arguments: dict[str, Any]) -> Any:
 
 
 def as_json(value: Any) -> Any:
-    return {key: getattr(value, key) for key in value.__slots__} if hasattr(value, "__slots__") else value
+    return dataclasses.asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value
 
 
 async def serve(owner: Any) -> None:
@@ -282,7 +396,7 @@ async def serve(owner: Any) -> None:
         try:
             answer = {"result": as_json(await call(owner, request["call"], request["arguments"]))}
         except VmferryError as error:
-            answer = {"error": error.code, "message": str(error)}
+            answer = {"error": error.code, "message": str(error), "fix": error.fix}
         answer["ms"] = (time.perf_counter() - begin) * 1000
         print(json.dumps(answer), flush=True)
 
