@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from vmferry.api import pki
-from vmferry.lab.layout import LAN_BRIDGE, MIGRATION_PORT, HostLayout, LabLayout
+from vmferry.lab.layout import LAN_BRIDGE, MIGRATION_PORT, STATE_ROOT, HostLayout, LabLayout
 from vmferry.lab.processes import Process, is_running, observe_process, reap
 from vmferry.model.errors import Failed
 
@@ -34,6 +34,8 @@ def write_host_config(host: HostLayout) -> Path:
     """Makes the host's directories and its vmferryd.toml (schema: vmferry.host.config)."""
     for directory in (host.state_dir, host.run_dir, *host.pools.values()):
         directory.mkdir(parents=True, exist_ok=True)
+    for passage in (STATE_ROOT, host.lab.state_root, host.directory, host.directory / "pools", *host.pools.values()):
+        passage.chmod(0o755)  # guests do not run as root; whatever the umask is, they must get to their images
     lines = [
         "[host]",
         f'name = "{host.name}"',

@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -126,7 +127,8 @@ def lab_exec(prefix: str, name: str, argv: Sequence[str]) -> int:
     if namespace not in layout.namespaces:
         known = ", ".join(known.removeprefix(f"{prefix}-") for known in layout.namespaces)
         raise NotFound("no-namespace", f"The lab has no {name!r}.", f"It has {known}.")
-    environment = {**os.environ, "VMFERRY_CONFIG": str(layout.client_config)}
+    path = f"{Path(sys.executable).parent}:{os.environ.get('PATH', os.defpath)}"  # `vmferry` works in there
+    environment = {**os.environ, "VMFERRY_CONFIG": str(layout.client_config), "PATH": path}
     return subprocess.run([*exec_prefix(namespace), *argv], env=environment, check=False).returncode
 
 
