@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from vmferry.api.codec import decode, encode
+from vmferry.host.priority import raise_priority
 from vmferry.migration.records import MigrationRecord, RecordState, require_transition
 from vmferry.model.errors import Conflict, Failed, NotFound
 from vmferry.model.migration import MigrationView, Role
@@ -63,7 +64,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal")
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="journal", initializer=raise_priority)
         self._db: sqlite3.Connection | None = None
 
     async def open(self) -> None:

@@ -193,7 +193,7 @@ class Migrations:
             guest = vm.guest
             if guest is None:
                 raise Failed("guest-ended", "The guest ended by itself.", "Start it, then migrate again.")
-            await self._require_checked(record, options, link, vm)
+            expected = await self._require_checked(record, options, link, vm)
             engine = SourceMigration(
                 parts=self._parts,
                 guest=guest,
@@ -206,6 +206,7 @@ class Migrations:
                 ),
                 connect=lambda: self._connect(record.peer),
                 was_running=vm.state is not RunState.PAUSED,
+                expected_dirty_rate=expected,
             )
             outgoing.engine = engine
             try:
@@ -237,7 +238,8 @@ class Migrations:
     async def _connect(self, peer: str) -> PeerLink:
         return await self._peers.connect(peer)
 
-    async def _require_checked(self, record: MigrationRecord, options: MigrateOptions, link: PeerLink, vm: Vm) -> None:
+    async def _require_checked(self, record: MigrationRecord, options: MigrateOptions, link: PeerLink, vm: Vm) -> int:
+        """The dirty rate that was measured, bytes a second. Raises Refused with the first obstacle."""
         assert vm.guest is not None
         result = await check(self._parts, vm.guest, link, options)
         await self._journal.save_document(record.id, "checked", encode(result))
@@ -247,6 +249,7 @@ class Migrations:
             raise Refused(
                 "refused", _sentence(obstacles), f"All findings: vmferry vm check {record.vm_name} --to {link.peer}."
             )
+        return result.prediction.dirty_bytes_per_s if result.prediction else 0
 
     def _show(self, migration_id: str, progress: Progress) -> None:
         self._views.change(migration_id, progress=progress)

@@ -9,16 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-# A pass that is worth less than this much blackout is as good as it gets: another one costs more than it brings.
+# A next pass that takes no longer than this is as good as it gets: waiting longer brings less than it costs.
 _GOOD_ENOUGH_MS = 12.0
-# Passes stop shrinking when the best one of the last three is not this much better than the best one before.
+# Passes still shrink while the best of the last three is this much better than the best before.
 _WORTHWHILE = 0.85
 _THROTTLE_STEP_PERCENT = 20
+# What a guest that seems to do nothing is reckoned to write: its kernel's timers and queues.
+_LEAST_DIRTY_RATE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class PassStart:
-    """A pass of pre-copy as it began: what is left to send, and the rate (bytes per second) lately achieved."""
+    """A pass of pre-copy as it began: what is left to send, and the rate (bytes per second) lately achieved.
+
+    The first one carries all memory.
+    """
 
     number: int
     at_ms: float
@@ -34,20 +39,25 @@ class PassStart:
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """What the user accepts. `fixed_blackout_ms` is what a switchover costs besides sending memory."""
+    """What the user accepts.
+
+    `fixed_blackout_ms` is what a switchover costs besides sending memory; `dirty_rate` what the check measured, bytes
+    a second, until the passes themselves tell.
+    """
 
     max_blackout_ms: int
     max_slowdown_percent: int
     allow_post_copy: bool
     fixed_blackout_ms: float = 10.0
     deadline_ms: float = 0.0  # since the first pass; 0: none
+    dirty_rate: int = 0
 
 
 class Step(StrEnum):
     """What to do about the memory."""
 
     GO_ON = "go-on"
-    SWITCH = "switch"
+    SWITCH = "switch"  # at the end of the present pass
     THROTTLE = "throttle"
     POST_COPY = "post-copy"
     GIVE_UP = "give-up"
@@ -62,25 +72,41 @@ class Advice:
     throttle_percent: int = 0
 
 
+def dirty_rate(passes: tuple[PassStart, ...], goal: Goal) -> int:
+    """Bytes a second that the guest dirties: from the last pass where there is one, else what the check measured."""
+    if len(passes) >= 2 and passes[-1].at_ms > passes[-2].at_ms:
+        return int(passes[-1].remaining_bytes / (passes[-1].at_ms - passes[-2].at_ms) * 1000)
+    return max(goal.dirty_rate, _LEAST_DIRTY_RATE)
+
+
+def next_pass_ms(passes: tuple[PassStart, ...], goal: Goal) -> float:
+    """How long the pass after the present one will take: what the guest dirties during this one."""
+    last = passes[-1]
+    if last.rate <= 0:
+        return float("inf")
+    written = min(dirty_rate(passes, goal) * last.send_ms / 1000, passes[0].remaining_bytes)
+    return written / last.rate * 1000
+
+
 def decide(passes: tuple[PassStart, ...], goal: Goal, now_ms: float) -> Advice:
-    """What to do after the newest pass began.
+    """What to do in the present (last) pass.
 
     Waits for a good moment as long as passes shrink; switches at a local minimum within the goal when they no longer
     do; then throttles within the accepted slow-down, then post-copy if allowed, else gives up with the numbers.
     """
-    # The first pass carries all memory: what it takes says nothing about the guest.
+    following_ms = next_pass_ms(passes, goal)
+    blackout_ms = following_ms + goal.fixed_blackout_ms
+    if following_ms <= min(_GOOD_ENOUGH_MS, max(1, goal.max_blackout_ms)):
+        return Advice(Step.SWITCH, f"about {blackout_ms:.0f} ms of blackout is as good as it gets")
     if len(passes) < 2:
         return Advice(Step.GO_ON, "the first pass is under way")
-    last = passes[-1]
-    blackout_ms = last.send_ms + goal.fixed_blackout_ms
-    if last.send_ms <= _GOOD_ENOUGH_MS and blackout_ms <= max(goal.max_blackout_ms, goal.fixed_blackout_ms):
-        return Advice(Step.SWITCH, f"{blackout_ms:.0f} ms of blackout is as good as it gets")
     late = 0 < goal.deadline_ms <= now_ms - passes[0].at_ms
     if not late and _still_shrinking(passes):
         return Advice(Step.GO_ON, "each pass is smaller than the one before")
+    last = passes[-1]
     best_ms = min(start.send_ms for start in passes[1:] if start.throttle_percent == last.throttle_percent)
-    if blackout_ms <= goal.max_blackout_ms and (late or last.send_ms <= best_ms * 1.1):
-        return Advice(Step.SWITCH, f"passes no longer shrink and {blackout_ms:.0f} ms is within the goal")
+    if last.send_ms + goal.fixed_blackout_ms <= goal.max_blackout_ms and (late or last.send_ms <= best_ms * 1.1):
+        return Advice(Step.SWITCH, f"passes no longer shrink, and {blackout_ms:.0f} ms is within the goal")
     if not late and best_ms + goal.fixed_blackout_ms <= goal.max_blackout_ms:
         return Advice(Step.GO_ON, "waiting for a moment as good as the best one seen")
     return _press(last, goal, best_ms, late)

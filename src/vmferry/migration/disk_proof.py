@@ -127,6 +127,7 @@ class SourceProof:
         self._readers: dict[str, DiskReader] = {}
         self._theirs: dict[str, DiskDigests] = {}
         self._round = 0
+        self._turn = asyncio.Lock()
         self._go = asyncio.Event()
         self._go.set()
         self._reading = True
@@ -145,7 +146,8 @@ class SourceProof:
         """Digests everything once, then what was written since, again and again. Ends only when it is cancelled."""
         await asyncio.gather(*(self._digest(name) for name in self._disks))
         while True:
-            await self._refresh()
+            async with self._turn:
+                await self._refresh()
             self.proven = True
             self._reading = False
             await asyncio.sleep(_REFRESH_EVERY_S)
@@ -204,7 +206,8 @@ class SourceProof:
 
     async def read_last(self) -> None:
         """The guest is stopped: reads the writes of the last moments again. The mirrors may still be ending."""
-        await asyncio.gather(*(self._read_last(name) for name in self._disks))
+        async with self._turn:  # a guest that QEMU stopped by itself may come in the middle of a refresh
+            await asyncio.gather(*(self._read_last(name) for name in self._disks))
 
     async def _read_last(self, name: str) -> None:
         await self._read_again(name, await self._readers[name].dirty(_bitmap(self._round)))

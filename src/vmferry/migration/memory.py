@@ -2,17 +2,16 @@
 
 The rules are in `convergence` (pure); this feeds it and does what it says. QEMU is kept from stopping the guest by
 itself with a limit of one byte: it then ends a pass, looks what was dirtied meanwhile, and goes on as long as that is
-anything at all.
+anything at all. The gate is closed shortly before the end of a pass after which that may be nothing.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
 
-from vmferry.migration.convergence import Goal, PassStart, Step, decide
+from vmferry.migration.convergence import Goal, PassStart, Step, decide, next_pass_ms
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Failed
@@ -29,9 +28,12 @@ from vmferry.qemu.memory_stream import (
 from vmferry.qemu.monitor import EventStream, QmpEvent
 
 _LOOK_EVERY_S = 0.05
-_HOLD_BYTES_PER_S = 1 << 20
-_NEAR_S = 0.25  # of what is left of a pass, at the present rate
+_HOLD_BYTES_PER_S = 4096  # one page a window of 100 ms; below 10 it would mean "no limit"
+_NEAR_S = 0.25  # what is left of a pass, at the present rate
+_PLUG_BEFORE_END_S = 0.015
 _CLOSE_BEFORE_END_S = 0.004
+_STOP_BEFORE_END_S = 0.002
+_LAST_PASSES_S = 0.04  # the gate is closed and the guest still runs: its network waits for no longer than this
 _SMALLEST_RATE = 1 << 20
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
@@ -63,8 +65,10 @@ class MemoryCopy:
         self._began = self._moved_at = time.monotonic()
         await start_outgoing(monitor, host, port)
 
+    # -- rounds ------------------------------------------------------------------------------------------------------
+
     async def converge(self, rest_is_ready: Callable[[bool], bool], stall_s: float) -> None:
-        """Rounds until it is time to switch over.
+        """Rounds until the end of the present pass is the time to switch over.
 
         `rest_is_ready` is told whether the end is near, and says whether everything else is ready for it. Raises Failed
         `not-converging` with the numbers, `memory-stalled`, `memory-stream`. Returns at once when QEMU has stopped the
@@ -72,25 +76,21 @@ class MemoryCopy:
         """
         async with self._guest.monitor.subscribe(_EVENTS) as events:
             async for event in _events_or_ticks(events):
-                sample = await observe_migration(self._guest.monitor)
-                self._watch_progress(sample, stall_s)
+                sample = await self._look(stall_s)
                 if _stopped(event):
                     return
-                if sample.status in ("failed", "cancelled"):
-                    raise Failed("memory-stream", f"The memory stream broke: {sample.error_desc or sample.status}.", "")
+                self._note_pass(sample)
                 ready = rest_is_ready(self._is_near(sample))
-                await self._hold(sample, ready)
-                if event is not None and event.name == "MIGRATION_PASS":
-                    self._note_pass(sample)
-                    if ready and await self._advised(sample):
-                        return
+                await self._hold(ready)
+                if self._passes and ready and await self._advised():
+                    return
 
-    def _is_near(self, sample: MemorySample) -> bool:
-        """Whether the switchover may come soon: what is left of the pass is short (with hysteresis)."""
-        limit_s = max(_NEAR_S, self._goal.max_blackout_ms / 1000) * (4 if self._near else 1)
-        left_s = sample.remaining_bytes / max(self._rate, _SMALLEST_RATE)
-        self._near = sample.dirty_sync_count > 0 and sample.status == "active" and left_s < limit_s
-        return self._near
+    async def _look(self, stall_s: float) -> MemorySample:
+        sample = await observe_migration(self._guest.monitor)
+        self._watch_progress(sample, stall_s)
+        if sample.status in ("failed", "cancelled"):
+            raise Failed("memory-stream", f"The memory stream broke off: {sample.error_desc or sample.status}.", "")
+        return sample
 
     def _watch_progress(self, sample: MemorySample, stall_s: float) -> None:
         now = time.monotonic()
@@ -104,8 +104,7 @@ class MemoryCopy:
                 f"No byte of memory got through for {stall_s:g} s.",
                 "Look at the migration network and at the target.",
             )
-        rate = max(self._rate, _SMALLEST_RATE)
-        left_ms = sample.remaining_bytes / rate * 1000
+        left_ms = self._left_s(sample) * 1000
         self._report(
             memory_total_bytes=sample.total_bytes,
             memory_remaining_bytes=sample.remaining_bytes,
@@ -117,7 +116,18 @@ class MemoryCopy:
             eta_ms=Range(round(left_ms), round(left_ms * 2 + 200)),
         )
 
-    async def _hold(self, sample: MemorySample, ready: bool) -> None:
+    def _left_s(self, sample: MemorySample) -> float:
+        """What is left of the present pass, in seconds."""
+        return sample.remaining_bytes / max(self._rate, _SMALLEST_RATE)
+
+    def _is_near(self, sample: MemorySample) -> bool:
+        """Whether the switchover may come soon: what is left of the pass is short (with hysteresis)."""
+        limit_s = max(_NEAR_S, self._goal.max_blackout_ms / 1000) * (4 if self._near else 1)
+        started = sample.dirty_sync_count > 0 and sample.status == "active"
+        self._near = started and self._left_s(sample) < limit_s
+        return self._near
+
+    async def _hold(self, ready: bool) -> None:
         """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end."""
         if self._near and not ready and not self._held:
             self._held = True
@@ -127,19 +137,20 @@ class MemoryCopy:
             await set_bandwidth(self._guest.monitor, self._bandwidth)
 
     def _note_pass(self, sample: MemorySample) -> None:
-        self._passes.append(
-            PassStart(
-                number=sample.dirty_sync_count,
-                at_ms=(time.monotonic() - self._began) * 1000,
-                remaining_bytes=sample.remaining_bytes,
-                rate=max(self._rate, _SMALLEST_RATE),
-                throttle_percent=self._throttle,
-            )
-        )
-        expected_ms = self._passes[-1].send_ms + self._goal.fixed_blackout_ms
-        self._report(blackout_ms=Range(round(min(expected_ms, self._goal.fixed_blackout_ms), 1), round(expected_ms, 1)))
+        """Remembers a pass when it is seen for the first time, and keeps the rate of the present one up to date."""
+        if sample.dirty_sync_count == 0 or sample.status != "active":
+            return
+        rate = max(self._rate, _SMALLEST_RATE)
+        if not self._passes or self._passes[-1].number < sample.dirty_sync_count:
+            at_ms = (time.monotonic() - self._began) * 1000
+            self._passes.append(PassStart(sample.dirty_sync_count, at_ms, sample.remaining_bytes, rate, self._throttle))
+        else:
+            last = self._passes[-1]
+            self._passes[-1] = PassStart(last.number, last.at_ms, last.remaining_bytes, rate, last.throttle_percent)
+        expected_ms = next_pass_ms(tuple(self._passes), self._goal) + self._goal.fixed_blackout_ms
+        self._report(blackout_ms=Range(self._goal.fixed_blackout_ms, round(expected_ms, 1)))
 
-    async def _advised(self, sample: MemorySample) -> bool:
+    async def _advised(self) -> bool:
         advice = decide(tuple(self._passes), self._goal, (time.monotonic() - self._began) * 1000)
         self._report(note=advice.why)
         match advice.step:
@@ -165,32 +176,56 @@ class MemoryCopy:
         self._throttle = percent
         await set_throttle(self._guest.monitor, percent, percent, percent)
 
-    async def switch(self, switchover: Switchover) -> None:
-        """Closes the gate just before a pass ends, lets QEMU stop the guest, sees everything to the target."""
+    # -- the stop ----------------------------------------------------------------------------------------------------
+
+    async def switch(self, switchover: Switchover, stall_s: float) -> None:
+        """Closes the gate just before a pass ends, has the guest stopped soon after, sees everything to the target."""
         async with self._guest.monitor.subscribe(_EVENTS) as events:
-            if not switchover.stopped.done():
-                await switchover.plug()
-                await self._wait_for_pass_end(events, switchover)
-            elif switchover.gates:
-                await switchover.plug()
-            if self.post_copy:
-                await switchover.close_gate_and_stop(self._goal.max_blackout_ms, max(self._rate, _SMALLEST_RATE))
-                await start_postcopy(self._guest.monitor)
-            else:
-                await switchover.close_gate_and_stop(
-                    max(self._goal.max_blackout_ms, 20), max(self._rate, _SMALLEST_RATE)
-                )
+            await self._land(switchover, events, stall_s)
         await switchover.transfer()
         sample = await observe_migration(self._guest.monitor)
         self.sent_bytes, self.rounds = sample.transferred_bytes, sample.dirty_sync_count
 
-    async def _wait_for_pass_end(self, events: EventStream, switchover: Switchover) -> None:
-        """Until a few milliseconds before the present pass ends (or QEMU stops the guest by itself)."""
-        sample = await observe_migration(self._guest.monitor)
-        left_s = sample.remaining_bytes / max(self._rate, _SMALLEST_RATE) - _CLOSE_BEFORE_END_S
-        if left_s > 0:
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(asyncio.shield(switchover.stopped), left_s)
+    async def _land(self, switchover: Switchover, events: EventStream, stall_s: float) -> None:
+        """From here on the guest's frames go to the target and it will stop within some ten milliseconds."""
+        rate = max(self._rate, _SMALLEST_RATE)
+        await self._wait_until_left(switchover, _PLUG_BEFORE_END_S, stall_s)
+        await switchover.plug()
+        await self._wait_until_left(switchover, _CLOSE_BEFORE_END_S, stall_s)
+        switchover.close_gate()
+        if self.post_copy:
+            await start_postcopy(self._guest.monitor)
+            return
+        # With the gate closed QEMU may stop the guest itself as soon as nothing is left. It gets a moment for that.
+        await self._last_passes(switchover, events)
+        if not switchover.stopped.done():
+            await set_switchover_limit(self._guest.monitor, max(self._goal.max_blackout_ms, 20), rate)
+
+    async def _wait_until_left(self, switchover: Switchover, left_s: float, stall_s: float) -> None:
+        """Until so much is left of the present pass, or the guest has stopped, or a new pass has begun."""
+        number = self._passes[-1].number if self._passes else 0
+        while not switchover.stopped.done():
+            sample = await self._look(stall_s)
+            over = self._left_s(sample) - left_s
+            if over <= 0 or sample.dirty_sync_count != number:
+                return
+            await asyncio.wait([switchover.stopped], timeout=min(over, _LOOK_EVERY_S))
+
+    async def _last_passes(self, switchover: Switchover, events: EventStream) -> None:
+        """Until the next pass has begun and is about to end, for at most a moment."""
+        until = time.monotonic() + _LAST_PASSES_S
+        while (left := until - time.monotonic()) > 0 and not switchover.stopped.done():
+            try:
+                event = await asyncio.wait_for(events.get(), left)
+            except TimeoutError:
+                return
+            if event.name != "MIGRATION_PASS" or switchover.stopped.done():
+                continue
+            sample = await observe_migration(self._guest.monitor)
+            send_s = min(self._left_s(sample) - _STOP_BEFORE_END_S, until - time.monotonic())
+            if send_s > 0:
+                await asyncio.wait([switchover.stopped], timeout=send_s)
+            return
 
 
 def _stopped(event: QmpEvent | None) -> bool:

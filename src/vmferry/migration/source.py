@@ -82,6 +82,7 @@ class SourceMigration:
     events: SourceEvents
     connect: Callable[[], Awaitable[PeerLink]]
     was_running: bool = True
+    expected_dirty_rate: int = 0  # bytes a second, from the check
     measured: Measured = field(default_factory=Measured)
     progress: Progress = field(default_factory=Progress)
     _gates: SourceGates | None = None
@@ -170,6 +171,7 @@ class SourceMigration:
             max_slowdown_percent=self.options.max_slowdown_percent,
             allow_post_copy=self.options.post_copy is PostCopy.ALLOW,
             deadline_ms=self.options.deadline_ms,
+            dirty_rate=self.expected_dirty_rate,
         )
 
     async def _copy_disks(self) -> None:
@@ -198,7 +200,7 @@ class SourceMigration:
             await memory.start(peer_address, prepared.memory_port)
             await memory.converge(lambda near: self._rest_is_ready(near, proof), self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
-            await memory.switch(switchover)
+            await memory.switch(switchover, self.parts.limits.memory_stall_s)
             self._keep_measures(switchover)
         finally:
             if proof is not None:

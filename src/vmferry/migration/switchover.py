@@ -19,7 +19,7 @@ from vmferry.migration.messages import AwaitLoaded, Done, Loaded, PlugPorts
 from vmferry.model.errors import Failed
 from vmferry.model.receipt import DiskDigests, MemoryDigests, Step
 from vmferry.qemu.memory_image import MemoryDigest, MemoryReader
-from vmferry.qemu.memory_stream import continue_switchover, expect_status, observe_migration, set_switchover_limit
+from vmferry.qemu.memory_stream import continue_switchover, expect_status, observe_migration
 from vmferry.qemu.monitor import QmpEvent
 
 
@@ -82,16 +82,11 @@ class Switchover:
         await self.link.call(PlugPorts(self.migration_id), Done, timeout_s=5)
         self.timeline.mark("target plugged")
 
-    async def close_gate_and_stop(self, downtime_ms: int, bandwidth: int) -> None:
-        """Closes the gate and lets QEMU stop the guest at its next look. Raises Failed `switchover-stalled`."""
-        if not self.stopped.done():
-            self.gates.close()
-            self.timeline.mark("gate closed")
-            await set_switchover_limit(self.guest.monitor, downtime_ms, bandwidth)
-        else:
-            # QEMU found nothing left to send and stopped by itself, between two of our looks.
-            self.gates.close()
-            self.timeline.mark("gate closed late")
+    def close_gate(self) -> None:
+        """From now on the guest's frames go to the target. No await."""
+        late = self.stopped.done()
+        self.gates.close()
+        self.timeline.mark("gate closed late" if late else "gate closed")
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""

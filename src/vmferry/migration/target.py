@@ -52,6 +52,7 @@ from vmferry.qemu.memory_stream import StreamSettings, expect_status, observe_mi
 from vmferry.storage.boot_files import store_boot_data
 
 _ALIVE_WITHIN_S = 10.0
+_RECEIVING_NICE = -10
 _WANTED = {True: "running", False: "paused"}
 
 
@@ -165,6 +166,8 @@ class TargetMigration:
         reserved = replace(self.record.reserved, pid=identity.pid, start_ticks=identity.start_time_ticks)
         self.record = replace(self.record, reserved=reserved)
         await self._parts.journal.update_migration(self.record)
+        # It only receives: its threads must not wait for others' vCPUs when the state comes.
+        self.guest.process.set_priority(_RECEIVING_NICE)
         monitor = self.guest.monitor
         await add_target_tls(self._parts, monitor, self.record.peer)
         self._disks = TargetDisks(self._parts, self.guest)
@@ -250,6 +253,7 @@ class TargetMigration:
         guest = self._require_guest()
         if self._gates is not None:
             self._gates.announce()
+        guest.process.set_priority(0)
         await self._hooks.on_taken(self.record, guest, run)
 
     async def ask_running(self) -> RunningSeen:
