@@ -272,6 +272,11 @@ async def clear_bitmap(monitor: Monitor, node: str, name: str) -> None:
     await monitor.execute("block-dirty-bitmap-clear", node=node, name=name)
 
 
+async def freeze_bitmap(monitor: Monitor, node: str, name: str) -> None:
+    """Stops recording, keeps the marks: what a read-only export demands of its bitmaps. Raises QmpRefused."""
+    await monitor.execute("block-dirty-bitmap-disable", node=node, name=name)
+
+
 async def remove_bitmap(monitor: Monitor, node: str, name: str) -> None:
     """Stops recording. Raises QmpRefused (while it is exported)."""
     await monitor.execute("block-dirty-bitmap-remove", node=node, name=name)

@@ -23,7 +23,7 @@ _RATE_LOOK_EVERY_S = 0.05
 class StreamSettings:
     """What both ends agree on (capabilities) and what each is told (parameters). Rates: bytes a second, 0: no limit."""
 
-    multifd_channels: int = 2  # 0, or with postcopy: one stream, see `channels`
+    multifd_channels: int = 1  # not more without need, not 0 without need: see `channels`
     postcopy: bool = False
     auto_converge: bool = False
     late_block_activate: bool = False
@@ -42,9 +42,13 @@ class StreamSettings:
     def channels(self) -> int:
         """The multifd channels really used. Post-copy goes without them (QEMU before 10.1 cannot combine the two).
 
-        Multifd counts for the blackout, not only for speed: with one stream the target's main loop reads the pages
-        and touches each zero page. A 512 MiB guest of mostly zeros left it a backlog of up to 1 s at the switchover and
-        all of its memory allocated; with multifd 13 ms, and zero pages stay holes (measured with QEMU 10.0.2).
+        Why not none: with the plain stream the target's main loop reads the pages, and touches each zero page. A 512
+        MiB guest of mostly zeros left it a backlog of up to 1 s at the switchover and all of its memory allocated; with
+        multifd the blackout was 13 ms, and zero pages stayed holes (measured with QEMU 10.0.2).
+
+        Why not several: if the connection breaks in the switchover, the channel that notices wakes the migration
+        thread, but the others end silently, and it waits for them forever, holding the big lock: the source's guest is
+        lost, and yank does not help (1 in 10 with two channels; multifd_send_sync_main of 10.0.2). One cannot do that.
         """
         return 0 if self.postcopy else self.multifd_channels
 

@@ -1,7 +1,8 @@
 """TLS objects inside a QEMU: credentials and who may connect. The files are QEMU's own layout (tls.rst).
 
 One directory with ca-cert.pem, server-cert.pem and server-key.pem, client-cert.pem and client-key.pem. QEMU's user must
-be able to read them.
+be able to read them. QEMU before 10.1 demands key usage keyEncipherment (beside digitalSignature) of every certificate,
+also of an elliptic-curve one, and keyCertSign of the CA; extended key usage is checked if it is there.
 """
 
 from __future__ import annotations

@@ -34,6 +34,15 @@ async def until(condition: Callable[[], bool], what: str, limit_s: float = 20.0)
         await asyncio.sleep(0.02)
 
 
+async def run(*command: str) -> str:
+    """The output of a command that must succeed."""
+    pipe = asyncio.subprocess.PIPE
+    process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe)
+    output, errors = await process.communicate()
+    assert process.returncode == 0, errors.decode()
+    return output.decode()
+
+
 def make_spec(disk: Path | None = None, size: int = 64 * MIB, memory: int = 128 * MIB, **changes: Any) -> VmSpec:
     """A VM of the work guest; `changes` replace fields of the spec."""
     disks = (Disk("root", "local", size, "raw", str(disk)),) if disk else ()

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import CPU, NIC, Lab, make_spec, until
+from conftest import CPU, NIC, Lab, make_spec, run, until
 from work_guest import MIB, make_disk
 
 from vmferry.model.errors import Failed, WrongInput
@@ -126,7 +126,7 @@ async def test_hostile_paths_and_names(lab: Lab) -> None:
     spec = make_spec(
         disks=(Disk(name, "local", 64 * MIB, "raw", str(disk)), Disk(other, "local", MIB, "qcow2", str(deep / "o,o"))),
     )
-    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(deep / "o,o"), "1M"], check=True)
+    await run("qemu-img", "create", "-q", "-f", "qcow2", str(deep / "o,o"), "1M")
     guest = await lab.start(GuestLayout(spec, deep, deep, "tcg"))
     await lab.ticks(guest)
     adopted_later = guest.identity
@@ -200,7 +200,7 @@ async def test_what_the_guest_is_given_is_what_was_asked_for(lab: Lab) -> None:
 
 def _make_tap(name: str) -> int:
     """A tap in a network namespace of its own, made by a thread that never touches the process's namespace."""
-    result: list[int | BaseException] = []
+    result: list[int | OSError] = []
 
     def make() -> None:
         try:
@@ -209,12 +209,12 @@ def _make_tap(name: str) -> int:
             fd = os.open("/dev/net/tun", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
             fcntl.ioctl(fd, _TUNSETIFF, struct.pack("16sH22x", name.encode(), _IFF_TAP_NO_PI_VNET_HDR))
             result.append(fd)
-        except BaseException as error:
+        except OSError as error:
             result.append(error)
 
     thread = threading.Thread(target=make)
     thread.start()
     thread.join()
-    if isinstance(result[0], BaseException):
+    if isinstance(result[0], OSError):
         raise result[0]
     return result[0]

@@ -1,4 +1,4 @@
-"""A guest without an operating system: a boot sector that ticks on the serial port, dirties memory and writes to its disk."""
+"""A guest without an operating system: a boot sector that ticks, dirties memory and writes to its disk."""
 
 from __future__ import annotations
 
