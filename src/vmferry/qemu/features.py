@@ -96,7 +96,7 @@ def resolve_machine(features: QemuFeatures, name: str) -> str:
     Raises Refused `machine-unknown`.
     """
     for machine in features.machines:
-        if name in (machine.name, machine.alias):
+        if name and name in (machine.name, machine.alias):
             return machine.name
     newest = ", ".join(m.alias for m in features.machines if m.alias)
     raise Refused("machine-unknown", f"QEMU here has no machine {name!r}.", f"Its newest ones are called {newest}.")

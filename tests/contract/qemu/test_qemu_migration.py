@@ -60,7 +60,7 @@ from vmferry.qemu.memory_stream import (
     start_outgoing,
     start_postcopy,
 )
-from vmferry.qemu.monitor import QmpRefused, yank_node
+from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused, yank_node
 from vmferry.qemu.process import GuestProcess
 from vmferry.qemu.tls import add_authorization, add_tls
 
@@ -327,6 +327,25 @@ async def test_the_dead_target_at_the_pause(lab: Lab, attempt: int) -> None:
     await continue_switchover(source)
     assert (await asyncio.wait_for(ended, 20)).data["status"] == "failed"
     await asyncio.wait_for(resumed, 20)
+    await lab.ticks(pair.source)
+
+
+async def test_a_target_frozen_at_the_pause_is_yanked_away(lab: Lab) -> None:
+    pair = await make_pair(lab, pages=300)
+    source = pair.source.monitor
+    pre = expect_status(source, "pre-switchover", "failed")
+    resumed = source.expect("RESUME")
+    await start_memory(pair, StreamSettings())
+    await asyncio.wait_for(pre, 60)
+    os.kill(pair.target.pid, signal.SIGSTOP)
+    ended = expect_status(source, "cancelled", "failed", "completed")
+    going_on = asyncio.create_task(continue_switchover(source))
+    done, _ = await asyncio.wait((ended,), timeout=1.0)
+    assert not done, "a frozen target is expected to hold the switchover up"
+    await pair.source.yank.yank([YANK_MIGRATION])
+    assert (await asyncio.wait_for(ended, 20)).data["status"] == "failed"
+    await asyncio.wait_for(resumed, 20)
+    await going_on
     await lab.ticks(pair.source)
 
 
