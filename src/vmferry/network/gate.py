@@ -7,16 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from vmferry.network.messages import (
-    CLSACT_EGRESS,
-    Redirect,
-    link_delete,
-    observe_links,
-    observe_redirect_targets,
-    redirect_delete,
-)
+from vmferry.network.messages import link_delete, observe_links
 from vmferry.network.netlink import Netlink, aside
 from vmferry.network.ports import PORT_PREFIX
+from vmferry.network.redirects import CLSACT_EGRESS, Redirect, observe_redirect_targets, redirect_delete
 from vmferry.network.source_gate import GONE, GateCounters, SourceGate
 from vmferry.network.target_gate import TargetGate
 from vmferry.network.tunnel import TUNNEL_PREFIX, TunnelSpec, belongs_to, tunnel_name

@@ -16,7 +16,6 @@ from vmferry.model.names import require_mac
 from vmferry.network.messages import (
     Link,
     bridge_port_floods,
-    clsact_new,
     fdb_replace,
     link_delete,
     link_down,
@@ -27,6 +26,7 @@ from vmferry.network.messages import (
     observe_links,
 )
 from vmferry.network.netlink import Netlink, aside
+from vmferry.network.redirects import clsact_new
 from vmferry.network.tap import name_of_tap, open_tap
 
 PORT_PREFIX: Final = "vf"

@@ -20,22 +20,19 @@ from typing import Final
 
 from vmferry.network.announce import Announcer, announcement_frames
 from vmferry.network.frames import FrameRecorder, FrameSender, Recorded
-from vmferry.network.messages import (
+from vmferry.network.messages import fdb_replace, link_master, observe_link, observe_link_by_index
+from vmferry.network.netlink import Netlink, PreparedBatch, aside
+from vmferry.network.ports import Port
+from vmferry.network.redirects import (
     ANY_FRAME,
     CLSACT_EGRESS,
     Redirect,
     clsact_new,
-    fdb_replace,
     frames_to,
-    link_master,
-    observe_link,
-    observe_link_by_index,
     observe_redirects,
     redirect_delete,
     redirect_new,
 )
-from vmferry.network.netlink import Netlink, PreparedBatch, aside
-from vmferry.network.ports import Port
 from vmferry.network.tap import has_frames, read_frames
 from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunnel_name
 
@@ -46,16 +43,20 @@ _UNICAST_PRIORITY, _OTHER_PRIORITY = 10, 20
 
 @dataclass(frozen=True, slots=True)
 class GateCounters:
-    """What has gone through the gate. GSO frames count as the segments they stand for.
+    """What has gone through the gate on this host.
 
     `frames` and `bytes` are unicast to the VM: they end when the network has learnt the VM's new place. `others`
-    (broadcasts) do not end. `dropped` are frames lost on this host.
+    (broadcasts) do not end. The kernel counts a GSO frame as its segments, or as 0 where it does not know their
+    number, so judge silence by `bytes`. `dropped` are frames lost on this host. `tunnelled` is what the tunnel's
+    device sent (source) or received (target), a GSO frame as one: the source's less the target's was lost between
+    the hosts (unless a network card split GSO frames on the way).
     """
 
     frames: int = 0
     bytes: int = 0
     others: int = 0
     dropped: int = 0
+    tunnelled: int = 0
 
 
 class SourceGate:
@@ -139,13 +140,19 @@ class SourceGate:
         return not has_frames(self._port.fd)
 
     async def settle(self, timeout_ms: float) -> bool:
-        """Waits, with the gate closed and the guest running, until the ring is empty; False if time ran out."""
+        """Waits, with the gate closed and the guest running, until the ring stays empty; False if time ran out.
+
+        Seen empty twice, 0.5 ms apart: another CPU may still be putting in a frame that passed just before `close`.
+        """
         deadline = asyncio.get_running_loop().time() + timeout_ms / 1000
-        while not self.settled():
+        seen_empty = 0
+        while True:
+            seen_empty = seen_empty + 1 if self.settled() else 0
+            if seen_empty == 2:
+                return True
             if asyncio.get_running_loop().time() >= deadline:
                 return False
             await asyncio.sleep(0.0005)
-        return True
 
     def arm(self) -> None:
         """Keeps a copy of what goes into the port from now on (up to 64 MiB), for `drain(stopping_since)`.
@@ -236,6 +243,7 @@ class SourceGate:
             bytes=unicast.bytes if unicast else 0,
             others=others.frames if others else 0,
             dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors"),
+            tunnelled=tunnel.stat("tx_packets"),
         )
 
     async def release(self) -> None:

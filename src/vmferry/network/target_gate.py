@@ -17,24 +17,26 @@ from vmferry.network.announce import Announcer, announcement_frames
 from vmferry.network.broadcasts import BroadcastHandover
 from vmferry.network.frames import FrameRecorder, FrameSender, Recorded
 from vmferry.network.messages import (
-    ANY_FRAME,
-    CLSACT_INGRESS,
-    GROUP_FRAME,
-    UNICAST_FRAME,
-    Redirect,
     bridge_port_floods,
-    clsact_new,
     fdb_delete,
     fdb_replace,
     link_master,
     observe_link,
     observe_link_by_index,
+)
+from vmferry.network.netlink import Netlink, PreparedBatch, aside
+from vmferry.network.ports import Port, enslave_quietly
+from vmferry.network.redirects import (
+    ANY_FRAME,
+    CLSACT_INGRESS,
+    GROUP_FRAME,
+    UNICAST_FRAME,
+    Redirect,
+    clsact_new,
     observe_redirects,
     redirect_delete,
     redirect_new,
 )
-from vmferry.network.netlink import Netlink, PreparedBatch, aside
-from vmferry.network.ports import Port, enslave_quietly
 from vmferry.network.source_gate import EXISTS, GONE, GateCounters
 from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunnel_name
 
@@ -196,6 +198,7 @@ class TargetGate:
             bytes=unicast.bytes if unicast else 0,
             others=group.frames if group else 0,
             dropped=port.stat("tx_dropped") + in_tunnel,
+            tunnelled=tunnel.stat("rx_packets"),
         )
 
     def _tunnel_drops(self) -> int:

@@ -10,10 +10,10 @@ from vmferry.model.errors import WrongInput
 from vmferry.network.announce import announcement_frames, neighbour_advert_frame, rarp_frame
 from vmferry.network.broadcasts import undelivered
 from vmferry.network.frames import with_vlan_tag
-from vmferry.network.messages import frames_to
 from vmferry.network.netlink import Request, attribute, attributes_of, nest, text, u8, u32
 from vmferry.network.ports import host_side_mac, port_name
 from vmferry.network.probes import new_nonce, probe_frame, probe_payload_of
+from vmferry.network.redirects import frames_to
 from vmferry.network.tunnel import belongs_to, tunnel_name
 
 MAC = "52:54:00:12:34:56"
