@@ -29,6 +29,7 @@ from vmferry.host.migration_views import MigrationViews
 from vmferry.host.migrations import Migrations
 from vmferry.host.peering import fetch_host
 from vmferry.host.peers import Peers
+from vmferry.host.strays import end_processes_of
 from vmferry.host.vms import Vms, observe_free_memory
 from vmferry.migration.gates import remove_gate_leftovers
 from vmferry.migration.host_parts import EngineLimits, HostParts
@@ -73,8 +74,8 @@ class Daemon:
             await self._stopping.wait()
             log.event("stopping")
             await self.migrations.close()
-            await doors.close()
             await self.incoming.close()
+            await doors.close()
             await self.vms.close()
             await self.journal.close()
         finally:
@@ -97,6 +98,8 @@ class Daemon:
         records = await self.journal.list_migrations()
         open_records = [record for record in records if record.state is not RecordState.ENDED]
         outgoing = {r.vm_id: r.id for r in open_records if r.role is Role.SOURCE}
+        # Twins of rehearsals that were cut short; they were never anything.
+        await end_processes_of(str(self.config.run_dir / "twins"))
         await self.vms.load(outgoing)
         for record in open_records:
             log.event("migration-left-open", id=record.id, role=record.role, state=record.state)

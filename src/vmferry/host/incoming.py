@@ -26,8 +26,10 @@ from vmferry.migration.target import TargetHooks, TargetMigration, clear_reserve
 from vmferry.model.errors import Conflict, NotFound, Refused, VmferryError
 from vmferry.model.migration import MigrationView, Mode, Outcome, Phase, PhaseTime, Progress, Reason, Role
 from vmferry.model.vm import RunState
+from vmferry.qemu.liveness import wait_vcpus_advance
 
 _ASK_PAUSE_S = (0.2, 0.5, 1, 2, 5)
+_SOURCE_RETURNS_S = 60.0
 
 
 class Incoming:
@@ -42,6 +44,7 @@ class Incoming:
         self._migrations: dict[str, TargetMigration] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reserved_bytes: dict[str, int] = {}
+        self._left = asyncio.Event()
 
     def session(self, peer: str) -> PeerSession:
         """For a connection of that host."""
@@ -111,7 +114,7 @@ class Incoming:
         if migration is None:
             return
         await asyncio.shield(asyncio.ensure_future(migration.refuse()))
-        self._migrations.pop(migration_id, None)
+        self._forget(migration_id)
         self._reserved_bytes.pop(migration_id, None)
         with contextlib.suppress(NotFound):
             await self._views.end(migration_id, Outcome.FAILED, Reason("refused", why, ""))
@@ -119,19 +122,45 @@ class Incoming:
 
     async def finish(self, request: m.Finish, peer: str) -> None:
         """The source has finished."""
-        migration = self.get(request.migration_id, peer)
+        migration = self._migrations.get(request.migration_id)
+        if migration is None or migration.record.peer != peer:
+            # Taken in an earlier life of this daemon: only the receipt is new.
+            await self._require_record(request.migration_id, peer)
+            await self._journal.save_document(request.migration_id, "receipt", request.receipt)
+            return
         await migration.finish(request.receipt)
-        self._migrations.pop(request.migration_id, None)
+        self._forget(request.migration_id)
         blackout, total = request.receipt.get("blackout_ms"), request.receipt.get("total_ms")
         await self._views.end(request.migration_id, Outcome.COMPLETED, None, blackout_ms=blackout, total_ms=total)
+
+    async def ask_running(self, request: m.AskRunning, peer: str) -> m.RunningSeen:
+        """Whether the guest was seen to run here; also after a restart of this daemon."""
+        migration = self._migrations.get(request.migration_id)
+        if migration is not None and migration.record.peer == peer:
+            return await migration.ask_running()
+        record = await self._require_record(request.migration_id, peer)
+        vm = self._vms.by_id(record.vm_id)
+        if vm is None or vm.guest is None:
+            return m.RunningSeen(False, 0, 0, None)
+        return m.RunningSeen(await wait_vcpus_advance(vm.guest.process, vm.guest.monitor), 0, 0, None)
+
+    async def _require_record(self, migration_id: str, peer: str) -> MigrationRecord:
+        for record in await self._journal.list_migrations():
+            if record.id == migration_id and record.peer == peer and record.was_taken:
+                return record
+        raise NotFound("no-such-migration", f"Migration {migration_id[:40]} is not known here.", "")
 
     # -- after a lost connection or a restart ------------------------------------------------------------------------
 
     async def connection_lost(self, peer: str) -> None:
         """Gives up what the source cannot finish any more; asks it where it may have handed over."""
         for migration in list(self._migrations.values()):
-            if migration.record.peer == peer and migration.record.state is RecordState.ACTIVE:
+            if migration.record.peer != peer:
+                continue
+            if migration.record.state is RecordState.ACTIVE:
                 self._background(self._settle(migration))
+            elif migration.record.state is RecordState.TAKEN:
+                self._background(self._finish_alone(migration))
 
     async def _settle(self, migration: TargetMigration) -> None:
         record, attempt = migration.record, 0
@@ -150,6 +179,12 @@ class Incoming:
                 return
             await asyncio.sleep(_ASK_PAUSE_S[min(attempt, len(_ASK_PAUSE_S) - 1)])
             attempt += 1
+
+    async def _finish_alone(self, migration: TargetMigration) -> None:
+        """The source has fallen silent after the take: what only it needed is given up after a while."""
+        await asyncio.sleep(self.parts.limits.forward_s + _SOURCE_RETURNS_S)
+        if migration.record.state is RecordState.TAKEN:
+            await self.finish(m.Finish(migration.record.id), migration.record.peer)
 
     async def ask(self, record: MigrationRecord) -> PeerSays:
         """What the source's journal says."""
@@ -197,10 +232,19 @@ class Incoming:
         await end_processes_of(record.reserved.run_dir)
 
     async def close(self) -> None:
-        """The daemon ends: waits for takes and refusals under way."""
+        """The daemon ends: migrations that come in are waited for, their guests are not to be harmed."""
+        if self._migrations:
+            log.event("waiting-for-incoming", count=len(self._migrations))
+        while self._migrations:
+            self._left.clear()
+            await self._left.wait()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def _forget(self, migration_id: str) -> None:
+        self._migrations.pop(migration_id, None)
+        self._left.set()
 
     @property
     def busy(self) -> bool:
@@ -296,7 +340,7 @@ class PeerSession:
             m.Abort: self._abort,
             m.ReturnFrames: lambda r: self._migration(r).return_frames(),
             m.Inquire: lambda r: incoming.answer_inquiry(r, peer),
-            m.AskRunning: lambda r: self._migration(r).ask_running(),
+            m.AskRunning: lambda r: incoming.ask_running(r, peer),
             m.Finish: self._finish,
         }
 

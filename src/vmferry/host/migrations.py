@@ -352,9 +352,15 @@ class Migrations:
         finally:
             self._outgoing.pop(record.id, None)
 
+    async def _connect_if_there(self, peer: str) -> PeerLink:
+        try:
+            return await self._connect(peer)
+        except VmferryError:
+            return _NoLink(peer)
+
     async def _resume_known(self, outgoing: Outgoing, record: MigrationRecord) -> None:
         vm, guest = outgoing.vm, outgoing.vm.guest
-        link = _NoLink(record.peer)
+        link = await self._connect_if_there(record.peer)
         restarted = Failed("daemon-restarted", "vmferryd ended during the migration.", "Migrate again.")
         if guest is None:
             if record.state is RecordState.ACTIVE:

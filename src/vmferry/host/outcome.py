@@ -13,7 +13,8 @@ from vmferry.host.vms import Vm
 from vmferry.migration.finish import (
     delete_boot_files,
     delete_disks,
-    give_up_source,
+    forward_late_frames,
+    give_up_guest,
     put_disks_aside,
     see_it_run,
     see_mac_away,
@@ -38,9 +39,10 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
     seen = await see_it_run(engine.link, record.id)
+    counters = await forward_late_frames(parts, engine.gates)
     away = await see_mac_away(parts, engine.guest)
-    counters = await give_up_source(parts, engine.guest, engine.gates, record)
     await engine.let_go()
+    await give_up_guest(parts, engine.guest, engine.gates)
     aside = await put_disks_aside(parts, record)
     reason = None
     if seen.running and not record.keep_source:

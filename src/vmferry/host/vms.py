@@ -15,6 +15,7 @@ from vmferry.host import log
 from vmferry.host.creation import VmFiles
 from vmferry.host.definition import VmDefinition
 from vmferry.host.journal import Journal, VmRow
+from vmferry.host.strays import end_processes_of
 from vmferry.migration.guest import RunningGuest, adopt, build_guest, create_ports, dismantle, let_go, remove_ports
 from vmferry.migration.host_parts import HostParts
 from vmferry.model.errors import Conflict, Failed, NotFound, VmferryError
@@ -105,6 +106,8 @@ class Vms:
 
     async def _adopt(self, vm: Vm, row: VmRow) -> None:
         if not row.pid:
+            # One that was started and not yet written down has never run: it is let run only after that.
+            await end_processes_of(str(self._parts.guest_dir(row.spec.id)))
             return
         identity = ProcessIdentity(row.pid, row.start_ticks)
         try:
@@ -115,6 +118,7 @@ class Vms:
             return
         if guest is None:
             await self._journal.set_process(row.spec.id, 0, 0)
+            await end_processes_of(str(self._parts.guest_dir(row.spec.id)))
             if row.wanted != "stopped":
                 vm.state, vm.problem = RunState.FAILED, "Its process ended while vmferryd was not there."
             return

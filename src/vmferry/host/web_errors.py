@@ -55,16 +55,16 @@ def _from_http(error: web.HTTPException) -> VmferryError:
 
 async def read_body(request: web.Request, known: dict[str, type | tuple[type, ...]]) -> dict[str, Any]:
     """The JSON object of a request. Raises WrongInput when it is none, has unknown keys or wrong types."""
-    text = await request.text()
     try:
+        text = await request.text()
         body = json.loads(text) if text else {}
-    except ValueError as error:
+    except (ValueError, LookupError, RecursionError) as error:  # bytes, charset, depth
         raise WrongInput("bad-json", f"The request is not JSON: {error}.", "Send a JSON object.") from error
     if not isinstance(body, dict):
         raise WrongInput("bad-json", "The request is not a JSON object.", f"Its keys: {', '.join(known)}.")
     for key, value in body.items():
         if key not in known:
             raise WrongInput("unknown-key", f"There is no key {key[:40]!r}.", f"Known: {', '.join(known) or 'none'}.")
-        if not isinstance(value, known[key]):
+        if not isinstance(value, known[key]) or isinstance(value, bool):  # (no request has a bool)
             raise WrongInput("bad-value", f"{key} has the wrong type.", "See docs/api.md.")
     return body

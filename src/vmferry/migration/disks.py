@@ -44,6 +44,7 @@ from vmferry.qemu.blocks import (
     set_mirror_speed,
     start_mirror,
 )
+from vmferry.qemu.connections import sum_sent
 from vmferry.qemu.exports import export_disk, start_nbd_server, stop_exports
 from vmferry.qemu.layout import device_node
 from vmferry.qemu.monitor import QmpRefused, yank_node
@@ -150,6 +151,7 @@ class DiskProgress:
 
     total_bytes: int
     done_bytes: int
+    rate: int = 0  # bytes a second, lately
 
 
 class SourceDisks:
@@ -192,11 +194,12 @@ class SourceDisks:
         """Until all targets have caught up and guest writes go to both. Raises MirrorFailed, Failed `disk-stalled`."""
         monitor = self._guest.monitor
         moved_at, last = time.monotonic(), -1
+        rate = _Rate()
         ready = asyncio.gather(*(mirror.ready for mirror in self._mirrors))
         try:
             while not ready.done():
                 samples = await observe_mirrors(monitor)
-                progress = _progress(samples)
+                progress = _progress(samples, rate)
                 report(progress)
                 if progress.done_bytes != last:
                     moved_at, last = time.monotonic(), progress.done_bytes
@@ -211,7 +214,7 @@ class SourceDisks:
         finally:
             ready.cancel()
         await make_write_blocking(monitor, self._mirrors, stall_s)
-        report(_progress(await observe_mirrors(monitor)))
+        report(_progress(await observe_mirrors(monitor), rate))
 
     async def in_step(self) -> bool:
         """Whether every write is on both sides now."""
@@ -258,12 +261,19 @@ class SourceDisks:
         if self._proof is not None:
             await self._proof.close(clear=False)
 
-    async def cancel(self) -> None:
-        """Rollback: mirrors, target nodes, recordings and the proof's exports are gone, the guest is not touched."""
-        # A target that hangs would hang us: its connections are cut first.
+    async def cut(self) -> None:
+        """Rollback, first of all: cuts the connections to the target. One that hangs would hang the guest's writes."""
         for node in self._nodes:
             with contextlib.suppress(QmpRefused):  # that node is gone already
                 await self._guest.process.yank.yank([yank_node(node)])
+
+    def sent_bytes(self) -> int:
+        """Bytes that went over the mirrors' connections so far, encryption included. Blocks for a moment."""
+        return sum_sent(self._guest.process, self._port)
+
+    async def cancel(self) -> None:
+        """Rollback: mirrors, target nodes, recordings and the proof's exports are gone, the guest is not touched."""
+        await self.cut()
         if self._proof is not None:
             await self._proof.close(clear=True)
             self._proof = None
@@ -294,5 +304,21 @@ async def clear_source_disks(guest: RunningGuest) -> None:
     await clear_proof(guest)
 
 
-def _progress(samples: Sequence[MirrorSample]) -> DiskProgress:
-    return DiskProgress(sum(s.length for s in samples), sum(min(s.offset, s.length) for s in samples))
+class _Rate:
+    """Bytes a second over about the last second."""
+
+    def __init__(self) -> None:
+        self._at, self._done, self._rate = time.monotonic(), 0, 0
+
+    def update(self, done: int) -> int:
+        """The rate, with this much done now."""
+        now = time.monotonic()
+        if now - self._at >= 1 or not self._rate:
+            self._rate = int((done - self._done) / max(0.05, now - self._at))
+            self._at, self._done = now, done
+        return max(0, self._rate)
+
+
+def _progress(samples: Sequence[MirrorSample], rate: _Rate) -> DiskProgress:
+    done = sum(min(s.offset, s.length) for s in samples)
+    return DiskProgress(sum(s.length for s in samples), done, rate.update(done))

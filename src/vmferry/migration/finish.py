@@ -47,16 +47,16 @@ async def see_mac_away(parts: HostParts, guest: RunningGuest) -> bool | None:
     return True
 
 
-async def give_up_source(
-    parts: HostParts, guest: RunningGuest, gates: SourceGates | None, record: MigrationRecord
-) -> GateCounters:
-    """Forwards until it is quiet, then ends tunnel, process and ports. What the gate counted."""
-    counters = GateCounters()
+async def forward_late_frames(parts: HostParts, gates: SourceGates | None) -> GateCounters:
+    """Forwards until no frame for the VM comes here any more. What the gate counted."""
+    return await gates.forward_until_quiet(parts.limits.forward_s) if gates is not None else GateCounters()
+
+
+async def give_up_guest(parts: HostParts, guest: RunningGuest, gates: SourceGates | None) -> None:
+    """Ends tunnel, process and ports."""
     if gates is not None:
-        counters = await gates.forward_until_quiet(parts.limits.forward_s)
         await gates.release()
     await dismantle(parts, guest)
-    return counters
 
 
 async def put_disks_aside(parts: HostParts, record: MigrationRecord) -> tuple[str, ...]:
@@ -67,8 +67,7 @@ async def put_disks_aside(parts: HostParts, record: MigrationRecord) -> tuple[st
     for disk in record.spec.disks:
         pool = parts.pools.get(disk.pool)
         if pool is not None and Path(disk.path).is_relative_to(pool.path):
-            with contextlib.suppress(VmferryError):
-                paths.append(str(await pool.set_aside(Path(disk.path), note)))
+            paths.append(str(await pool.set_aside(Path(disk.path), note)))
     return tuple(paths)
 
 

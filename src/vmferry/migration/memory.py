@@ -182,7 +182,10 @@ class MemoryCopy:
         """Closes the gate just before a pass ends, has the guest stopped soon after, sees everything to the target."""
         async with self._guest.monitor.subscribe(_EVENTS) as events:
             await self._land(switchover, events, stall_s)
-        await switchover.transfer()
+        await (switchover.transfer_disks() if self.post_copy else switchover.transfer())
+
+    async def measure(self) -> None:
+        """What was sent in all; after the switchover."""
         sample = await observe_migration(self._guest.monitor)
         self.sent_bytes, self.rounds = sample.transferred_bytes, sample.dirty_sync_count
 
@@ -229,7 +232,7 @@ class MemoryCopy:
 
 
 def _stopped(event: QmpEvent | None) -> bool:
-    return event is not None and event.name == "STOP"
+    return event is not None and (event.name == "STOP" or event.data.get("status") == "pre-switchover")
 
 
 async def _events_or_ticks(events: EventStream) -> AsyncIterator[QmpEvent | None]:

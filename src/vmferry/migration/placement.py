@@ -14,9 +14,8 @@ def map_pools(spec: VmSpec, options: MigrateOptions) -> dict[str, str]:
     names = {disk.name for disk in spec.disks}
     for disk in options.storage:
         if disk and disk not in names:
-            raise WrongInput(
-                "unknown-disk", f"{spec.name} has no disk {disk!r}.", f"Its disks: {', '.join(sorted(names))}."
-            )
+            has = ", ".join(sorted(names)) or "none"
+            raise WrongInput("unknown-disk", f"{spec.name} has no disk {disk[:80]!r}.", f"Its disks: {has}.")
     default = options.storage.get("")
     return {disk.name: options.storage.get(disk.name) or default or disk.pool for disk in spec.disks}
 
@@ -26,9 +25,8 @@ def map_switches(spec: VmSpec, options: MigrateOptions) -> dict[str, str]:
     used = {nic.switch for nic in spec.nics}
     for name in options.network:
         if name not in used:
-            raise WrongInput(
-                "unknown-switch", f"{spec.name} is not on a switch {name!r}.", f"It is on: {', '.join(used)}."
-            )
+            has = ", ".join(sorted(used)) or "none"
+            raise WrongInput("unknown-switch", f"{spec.name} is not on a switch {name[:80]!r}.", f"It is on: {has}.")
     return {switch: options.network.get(switch, switch) for switch in used}
 
 

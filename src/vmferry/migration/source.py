@@ -39,13 +39,13 @@ from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
-from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Verify
+from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Range, Verify
 from vmferry.model.names import stream_name
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, set_throttle
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
-_QMP_PATIENCE_S = 2.0
+_QMP_PATIENCE_S = 0.25
 T = TypeVar("T")
 
 
@@ -110,7 +110,10 @@ class SourceMigration:
         await self._undo()
 
     async def let_go(self) -> None:
-        """After the handoff: closes what is ours; QEMU itself has gone."""
+        """After the handoff, before QEMU goes: takes the last measures and closes what is ours."""
+        if self._memory is not None:
+            await self._memory.measure()
+            self.measured.memory_bytes, self.measured.rounds = self._memory.sent_bytes, self._memory.rounds
         if self._disks is not None:
             await self._disks.let_go()
         if self._reader is not None:
@@ -200,13 +203,17 @@ class SourceMigration:
             await memory.start(peer_address, prepared.memory_port)
             await memory.converge(lambda near: self._rest_is_ready(near, proof), self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
+            # Now: the target ends these connections before anybody has time to look at them.
+            counting = asyncio.create_task(asyncio.to_thread(_require(self._disks).sent_bytes))
             await memory.switch(switchover, self.parts.limits.memory_stall_s)
-            self._keep_measures(switchover)
+            self.measured.disk_bytes = await counting
+        except BaseException:
+            switchover.disarm()
+            raise
         finally:
             if proof is not None:
                 proof.cancel()
                 await asyncio.gather(proof, return_exceptions=True)
-            switchover.disarm()
 
     def _rest_is_ready(self, near: bool, proof: asyncio.Task[None] | None) -> bool:
         """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
@@ -225,16 +232,11 @@ class SourceMigration:
             disks=_require(self._disks),
             verify_memory=self._reader,
             verify_disks=self.options.verify is not Verify.NONE and bool(self.guest.spec.disks),
-            limit_s=self.parts.limits.switchover_s,
+            limit_s=max(self.parts.limits.stopped_s, self.options.max_blackout_ms * 1.5 / 1000),
         )
         switchover.arm()
         self.measured.switchover = switchover
         return switchover
-
-    def _keep_measures(self, switchover: Switchover) -> None:
-        memory = _require(self._memory)
-        self.measured.memory_bytes = memory.sent_bytes
-        self.measured.rounds = memory.rounds
 
     # -- handoff -----------------------------------------------------------------------------------------------------
 
@@ -254,6 +256,9 @@ class SourceMigration:
             await self._undo()
             raise
         timeline.mark("handoff written")
+        post_copy = _require(self._memory).post_copy
+        if post_copy:
+            await switchover.start_post_copy()
         taken = await self.link.call(
             Take(self.record.id, self.record.generation, self.was_running), Taken, self.parts.limits.switchover_s
         )
@@ -265,6 +270,9 @@ class SourceMigration:
         self.measured.blackout_ms = (resumed - timeline.stop_ns) / 1e6
         self.measured.handoff_at = time.time()
         self.events.phase(Phase.HANDOFF)
+        if post_copy:
+            await switchover.finish_post_copy(self.parts.limits.memory_stall_s)
+        switchover.disarm()
 
     async def settle(self) -> Decision:
         """Once: asks the target what it did, and does what follows. The decision says whether it is settled.
@@ -302,13 +310,17 @@ class SourceMigration:
 
         The guest comes first; what the target has to remove it removes when it is told, or notices by itself.
         """
+        if self.measured.switchover is not None:
+            self.measured.switchover.disarm()
         if self.guest.process.running:
+            if self._disks is not None:
+                await self._disks.cut()
             await self._stop_stream()
+            await self._let_run()
             if self._disks is not None:
                 await self._disks.cancel()
             else:
                 await clear_source_disks(self.guest)
-            await self._let_run()
         told = asyncio.ensure_future(self._return_frames_and_abort())
         await told
         if self._gates is not None:
@@ -402,7 +414,13 @@ class SourceMigration:
                     return error
 
     def _report_disks(self, progress: DiskProgress) -> None:
-        self._report(disk_total_bytes=progress.total_bytes, disk_done_bytes=progress.done_bytes)
+        left_ms = (progress.total_bytes - progress.done_bytes) / max(1, progress.rate) * 1000
+        self._report(
+            disk_total_bytes=progress.total_bytes,
+            disk_done_bytes=progress.done_bytes,
+            disk_rate=progress.rate,
+            eta_ms=Range(round(left_ms * 0.5), round(left_ms * 2 + 1000)) if progress.rate else None,
+        )
 
     def _report(self, **changes: object) -> None:
         self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]

@@ -8,7 +8,9 @@ the caller's (`source`), because until the handoff is written it is the same as 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from vmferry.migration.disks import SourceDisks
@@ -60,6 +62,7 @@ class Switchover:
     completed: asyncio.Future[QmpEvent] = field(init=False)
     loaded: asyncio.Task[Loaded] = field(init=False)
     memory: MemoryDigests | None = None
+    _memory_here: asyncio.Task[MemoryDigest] | None = None
     disk_digests: tuple[DiskDigests, ...] = ()
 
     def arm(self) -> None:
@@ -72,10 +75,12 @@ class Switchover:
         self.loaded = asyncio.create_task(self.link.call(request, Loaded, timeout_s=7 * 24 * 3600))
 
     def disarm(self) -> None:
-        """Stops listening."""
+        """Stops listening. Idempotent."""
         for future in (self.stopped, self.waiting, self.completed):
             future.cancel()
         self.loaded.cancel()
+        if self._memory_here is not None:
+            self._memory_here.cancel()
 
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
@@ -90,58 +95,103 @@ class Switchover:
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""
+        async with self._limited():
+            await self._wait_for_stop()
+        async with self._limited():
+            loaded = await self._transfer()
+            if self._memory_here is not None:
+                self._compare_memory(await self._memory_here, loaded)
+
+    async def transfer_disks(self) -> None:
+        """Post-copy: the same up to the disks; memory and state follow after the handoff is written."""
+        async with self._limited():
+            await self._wait_for_stop()
+        async with self._limited():
+            await self._complete_disks()
+
+    async def start_post_copy(self) -> None:
+        """Post-copy, with the handoff written: the target gets the state and may run; memory follows on demand."""
+        async with self._limited():
+            active = expect_status(self.guest.monitor, "postcopy-active", "completed", "failed")
+            try:
+                await continue_switchover(self.guest.monitor)
+                if (await active).data["status"] == "failed":
+                    raise await self._stream_failed()
+            finally:
+                active.cancel()
+            self.timeline.mark("state sent")
+            self._require_loaded(await self.loaded)
+
+    async def finish_post_copy(self, stall_s: float) -> None:
+        """Waits until the rest of the memory has arrived. Raises Failed `post-copy-stalled`."""
+        last, since = -1, time.monotonic()
+        while not self.completed.done():
+            await asyncio.wait([self.completed], timeout=0.2)
+            sample = await observe_migration(self.guest.monitor)
+            if sample.transferred_bytes != last:
+                last, since = sample.transferred_bytes, time.monotonic()
+            elif time.monotonic() - since > stall_s:
+                raise Failed(
+                    "post-copy-stalled",
+                    f"The rest of the memory has not arrived for {stall_s:g} s; the guest waits for it on the target.",
+                    "Look at the migration network: the guest goes on when it is back.",
+                )
+
+    @contextlib.asynccontextmanager
+    async def _limited(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self.limit_s):
-                await self._transfer()
+                yield
         except TimeoutError as error:
             raise Failed(
                 "switchover-stalled",
-                f"The switchover was not through after {self.limit_s:g} s.",
+                f"The switchover stood still for {self.limit_s:g} s.",
                 "Look at the migration network; [limits] switchover_limit says how long it may take.",
             ) from error
 
-    async def _transfer(self) -> None:
-        stop = await self.stopped
+    async def _wait_for_stop(self) -> None:
+        # A guest that was paused before does not stop again: for it the wait at pre-switchover is the moment.
+        await asyncio.wait([self.stopped, self.waiting], return_when=asyncio.FIRST_COMPLETED)
+        stop = self.stopped.result() if self.stopped.done() else self.waiting.result()
         self.timeline.stop_ns = stop.received_ns
         self.timeline.mark("guest stopped", stop.received_ns)
-        digest = asyncio.create_task(self.verify_memory.digest()) if self.verify_memory else None
-        last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
-        try:
-            await self._complete_disks(last_writes)
-            loaded = await self._send_state()
-            if digest is not None:
-                self._compare_memory(await digest, loaded)
-        finally:
-            for task in (digest, last_writes):
-                if task is not None:
-                    task.cancel()
 
-    async def _complete_disks(self, last_writes: asyncio.Task[None] | None) -> None:
-        """The memory's last pages are sent meanwhile; QEMU then waits for us at pre-switchover."""
-        mark = self.timeline.mark
-        self.leftover_frames = self.gates.drain()
-        waiting = await self.waiting
-        if waiting.data["status"] != "pre-switchover":
-            raise await self._stream_failed()
-        mark("memory sent", waiting.received_ns)
-        await self.disks.finish()
-        mark("disks complete")
-        if last_writes is not None:
-            await last_writes
-            self.disk_digests = await self.disks.compare()
-            mark("disks compared")
-
-    async def _send_state(self) -> Loaded:
+    async def _transfer(self) -> Loaded:
+        await self._complete_disks()
         await continue_switchover(self.guest.monitor)
         completed = await self.completed
         if completed.data["status"] != "completed":
             raise await self._stream_failed()
         self.timeline.mark("state sent", completed.received_ns)
-        loaded = await self.loaded
+        return self._require_loaded(await self.loaded)
+
+    def _require_loaded(self, loaded: Loaded) -> Loaded:
         if loaded.problem:
             raise Failed("target-load", f"The target could not load the guest's state: {loaded.problem}", _LOAD)
         self.timeline.mark("state loaded")
         return loaded
+
+    async def _complete_disks(self) -> None:
+        """The memory's last pages are sent meanwhile; QEMU then waits for us at pre-switchover."""
+        mark = self.timeline.mark
+        last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
+        try:
+            self.leftover_frames = self.gates.drain()
+            waiting = await self.waiting
+            if waiting.data["status"] != "pre-switchover":
+                raise await self._stream_failed()
+            mark("memory sent", waiting.received_ns)
+            if self.verify_memory is not None:
+                self._memory_here = asyncio.create_task(self.verify_memory.digest())
+            await self.disks.finish()
+            mark("disks complete")
+            if last_writes is not None:
+                await last_writes
+                self.disk_digests = await self.disks.compare()
+                mark("disks compared")
+        finally:
+            if last_writes is not None:
+                last_writes.cancel()
 
     def _compare_memory(self, digest: MemoryDigest, loaded: Loaded) -> None:
         self.memory = MemoryDigests(digest.hex, loaded.memory_digest, digest.hex == loaded.memory_digest)

@@ -53,6 +53,7 @@ from vmferry.storage.boot_files import store_boot_data
 
 _ALIVE_WITHIN_S = 10.0
 _RECEIVING_NICE = -10
+_LOADED = ("completed", "postcopy-active")
 _WANTED = {True: "running", False: "paused"}
 
 
@@ -77,6 +78,7 @@ class TargetMigration:
         self._disks: TargetDisks | None = None
         self._memory: MemoryReader | None = None
         self._loaded = False
+        self._unserved: asyncio.Task[None] | None = None
         self._taken: Taken | None = None
         self._taken_at = 0.0
         self._ending = asyncio.Lock()
@@ -200,16 +202,19 @@ class TargetMigration:
     async def await_loaded(self, request: AwaitLoaded) -> Loaded:
         """Waits until QEMU has all of the guest's state; then closes the disk exports and digests memory if asked."""
         guest = self._require_guest()
-        done = expect_status(guest.monitor, "completed", "failed")
+        # In post-copy the guest may run as soon as its devices are here: its memory follows on demand.
+        done = expect_status(guest.monitor, *_LOADED, "failed")
         try:
             sample = await observe_migration(guest.monitor)
-            status = sample.status if sample.ended else str((await done).data["status"])
+            ended = sample.status in (*_LOADED, "failed")
+            status = sample.status if ended else str((await done).data["status"])
         finally:
             done.cancel()
-        if status != "completed":
+        if status not in _LOADED:
             sample = await observe_migration(guest.monitor)
             return Loaded(problem=sample.error_desc or " / ".join(guest.process.log_tail(3)) or "QEMU does not say why")
-        await self._require_disks().stop_serving()
+        # Not waited for here, but before the guest runs: the source need not wait for it.
+        self._unserved = asyncio.create_task(self._require_disks().stop_serving())
         self._loaded = True
         if not request.memory_digest or self._memory is None:
             return Loaded("")
@@ -229,6 +234,8 @@ class TargetMigration:
             if not self._loaded or request.generation != self.record.generation:
                 raise Conflict("not-loaded", "The guest's state is not complete on the target.", "Nothing was taken.")
             started = time.monotonic()
+            if self._unserved is not None:
+                await self._unserved
             self.record = await self._parts.journal.move(self.record, RecordState.TAKEN, wanted=_WANTED[request.run])
             written = time.monotonic()
             resumed_at = await self._run(guest) if request.run else written

@@ -148,6 +148,10 @@ class GuestProcess:
         """The descriptors of the process for which the predicate holds."""
         return [file for file in open_files(self.pid) if predicate(file)]
 
+    def duplicate(self, fd: int) -> int:
+        """A duplicate of that descriptor of the process; the caller closes it. Raises Failed `descriptor-not-given`."""
+        return duplicate_fd(self._pidfd, fd)
+
     def steal_fd(self, predicate: FdPredicate) -> int:
         """A duplicate of the first such descriptor; the caller closes it. Raises Failed `descriptor-not-found`."""
         for file in self.find_fds(predicate):
