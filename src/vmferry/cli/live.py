@@ -40,7 +40,7 @@ def draw(frame: Frame, width: int) -> RenderableType:
     parts: list[RenderableType] = [_head(frame), _phases(view)]
     if _has_numbers(view.progress):
         parts += [_bars(frame, width), *_numbers(view)]
-    if view.progress.note:
+    if view.progress.note and _is_copying(view):
         parts.append(text(f"  {view.progress.note}", "yellow"))
     if frame.notice:
         parts.append(text(f"  {frame.notice}", "bold yellow"))
@@ -74,12 +74,17 @@ def _phases(view: MigrationView) -> Text:
     return row
 
 
+def _is_copying(view: MigrationView) -> bool:
+    """Whether what the numbers predict is still to come."""
+    return view.outcome is Outcome.RUNNING and view.phase in _COPYING
+
+
 def _has_numbers(progress: Progress) -> bool:
     return progress.disk_total_bytes > 0 or progress.memory_total_bytes > 0
 
 
 def _bars(frame: Frame, width: int) -> Table:
-    progress, running = frame.view.progress, frame.view.phase in _COPYING
+    progress, running = frame.view.progress, _is_copying(frame.view)
     bar_width = min(_BAR_MOST, max(_BAR_LEAST, width - _BESIDE_BAR))
     grid = Table.grid(padding=(0, 1))
     grid.add_column(width=8)
@@ -138,11 +143,10 @@ def _numbers(view: MigrationView) -> Iterator[Text]:
     parts = [f"dirtied {format_size(progress.dirty_rate)}/s", f"round {progress.rounds}"]
     parts.append(f"throttle {progress.throttle_percent}%")
     yield text("  " + mark(" · ", " | ").join(parts))
-    running = view.outcome is Outcome.RUNNING
-    parts = [f"left {format_range(progress.eta_ms)}"] if running and progress.eta_ms else []
+    parts = [f"left {format_range(progress.eta_ms)}"] if progress.eta_ms and _is_copying(view) else []
     if view.blackout_ms is not None:
         parts.append(f"blackout {format_ms(view.blackout_ms)}")
-    elif progress.blackout_ms:
+    elif progress.blackout_ms and _is_copying(view):
         parts.append(f"blackout now {format_range(progress.blackout_ms)} (goal {view.options.max_blackout_ms} ms)")
     elif view.prediction:
         parts.append(f"blackout predicted {format_range(view.prediction.blackout_ms)}")

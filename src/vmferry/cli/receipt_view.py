@@ -14,6 +14,8 @@ from vmferry.cli.display import facts, line, mark, table, text
 from vmferry.model.receipt import Receipt
 from vmferry.model.units import format_ms, format_size
 
+_DIGEST_WIDTH = 32
+
 Facts = Iterator[tuple[str, object]]
 
 
@@ -64,13 +66,24 @@ def _digests(receipt: Receipt) -> Facts:
 
 def _equal(equal: bool, digest: str) -> Text:
     word = text(f"{mark('✔', '+')} equal", "green") if equal else text(f"{mark('✘', 'x')} DIFFERENT", "bold red")
-    return word + text(f"  {digest}", "dim")
+    shown = digest if len(digest) <= _DIGEST_WIDTH else digest[:_DIGEST_WIDTH] + mark("…", "...")
+    return word + text(f"  {shown}", "dim")  # the whole digests are in the JSON
 
 
-def _network(receipt: Receipt) -> str:
-    words = {True: "yes", False: "NO", None: "not tried"}
+def _network(receipt: Receipt) -> Text:
     proof = receipt.network
-    return f"reachable before: {words[proof.reachable_before]}, after: {words[proof.reachable_after]}"
+    return (
+        text("reachable before: ")
+        + _proven(proof.reachable_before)
+        + text(", after: ")
+        + _proven(proof.reachable_after)
+    )
+
+
+def _proven(reachable: bool | None) -> Text:
+    if reachable is None:
+        return text("not tried", "dim")
+    return text("yes", "green") if reachable else text("NO", "bold red")
 
 
 def _more(receipt: Receipt, signature: tuple[bool, str]) -> Facts:

@@ -58,6 +58,13 @@ def test_a_finished_migration_has_nothing_left() -> None:
     assert "✔ finish" in shown and "blackout 17.4 ms" in shown and " left" not in shown
 
 
+def test_predictions_vanish_when_they_are_over() -> None:
+    progress = replace(PROGRESS, note="waiting for a quiet moment")
+    finishing = replace(RUNNING, phase=Phase.FINISH, progress=progress)
+    shown = "\n".join(picture(Frame(finishing, 1, RATES, RATES)))
+    assert "blackout now" not in shown and "left 2.1 s" not in shown and "quiet moment" not in shown
+
+
 def test_every_phase_is_drawn() -> None:
     for phase in Phase:
         assert f"▶ {phase.value}" in picture(Frame(replace(RUNNING, phase=phase, phases=()), 1))[1]
