@@ -8,6 +8,7 @@ just before, compared with what went into the port, and what is missing is put i
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ class BroadcastHandover:
     def __init__(self, uplinks: Sequence[str], into_port: FrameRecorder) -> None:
         self._into_port = into_port
         self._open = ExitStack()
-        into_port.take()
+        self._since = time.time()
         try:
             self._brought = [
                 self._open.enter_context(FrameRecorder(uplink, Recorded.INCOMING_GROUPS)) for uplink in uplinks
@@ -47,10 +48,11 @@ class BroadcastHandover:
             raise
 
     def repair(self, inject: FrameSender) -> int:
-        """Puts what was lost into the port; how many. Nothing if a record is incomplete. Raises Failed."""
+        """Puts what was lost into the port; how many. Nothing if a record is incomplete. Blocks. Raises Failed."""
         brought = [frame for recorder in self._brought for frame in recorder.take()]
         complete = not self._into_port.missed() and not any(recorder.missed() for recorder in self._brought)
-        missing = undelivered(brought, self._into_port.take()) if complete else []
+        delivered = (frame for frame, at in self._into_port.take_stamped() if at >= self._since)
+        missing = undelivered(brought, delivered) if complete else []
         for frame in missing:
             inject.send(frame)
         return len(missing)
