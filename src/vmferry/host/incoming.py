@@ -340,6 +340,7 @@ class PeerSession:
             m.Abort: self._abort,
             m.ReturnFrames: lambda r: self._migration(r).return_frames(),
             m.Inquire: lambda r: incoming.answer_inquiry(r, peer),
+            m.AnnounceAgain: self._announce,
             m.AskRunning: lambda r: incoming.ask_running(r, peer),
             m.Finish: self._finish,
         }
@@ -373,6 +374,10 @@ class PeerSession:
 
     async def _plug(self, request: m.PlugPorts) -> m.Done:
         self._migration(request).plug()
+        return m.Done()
+
+    async def _announce(self, request: m.AnnounceAgain) -> m.Done:
+        self._migration(request).announce_again()
         return m.Done()
 
     async def _abort(self, request: m.Abort) -> m.Done:

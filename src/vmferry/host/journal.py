@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from vmferry.api.codec import decode, encode
 from vmferry.host.priority import raise_priority
 from vmferry.migration.records import MigrationRecord, RecordState, require_transition
-from vmferry.model.errors import Conflict, Failed, NotFound
+from vmferry.model.errors import Conflict, Failed, NotFound, WrongInput
 from vmferry.model.migration import MigrationView, Role
 from vmferry.model.vm import VmSpec
 
@@ -59,6 +59,14 @@ class VmRow:
     start_ticks: int = 0
 
 
+class _BadRow(Exception):
+    """A row does not hold what this version writes."""
+
+
+def _closed() -> JournalBroken:
+    return JournalBroken("journal-closed", "The journal is not open.", "Start vmferryd again.")
+
+
 class Journal:
     """One host's journal. Guarantees: atomic, durable, one writer; compare-and-set where a state changes."""
 
@@ -77,12 +85,19 @@ class Journal:
         self._thread.shutdown(wait=True)
 
     def _open(self) -> None:
+        try:
+            self._connect()
+        except BaseException:
+            self._close()
+            raise
+
+    def _connect(self) -> None:
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=True)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
         found = self._db.execute("PRAGMA quick_check").fetchone()[0]
         if found != "ok":
-            raise JournalBroken("journal-damaged", f"{self._path} is damaged ({found}).", "Restore it from a backup.")
+            raise self._damaged(found)
         version = self._db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             self._db.executescript(f"BEGIN; {_SCHEMA} PRAGMA user_version={_FORMAT}; COMMIT;")
@@ -104,11 +119,22 @@ class Journal:
                 return work()
             except sqlite3.DatabaseError as error:
                 raise self._broken(error) from error
+            except _BadRow as error:
+                raise self._damaged(f"a row cannot be read: {error}") from error
 
+        try:
+            running = asyncio.get_running_loop().run_in_executor(self._thread, guarded)
+        except RuntimeError as error:  # its thread has ended
+            raise _closed() from error
         # Shielded: a cancelled caller must not leave a half-awaited write whose result nobody looks at.
-        return await asyncio.shield(asyncio.get_running_loop().run_in_executor(self._thread, guarded))
+        return await asyncio.shield(running)
+
+    def _damaged(self, found: str) -> JournalBroken:
+        return JournalBroken("journal-damaged", f"{self._path} is damaged ({found}).", "Restore it from a backup.")
 
     def _broken(self, error: sqlite3.DatabaseError) -> JournalBroken:
+        if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            return self._damaged(str(error))
         return JournalBroken(
             "journal-unwritable",
             f"The journal {self._path} failed: {error}.",
@@ -118,7 +144,7 @@ class Journal:
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
         db = self._db
         if db is None:
-            raise JournalBroken("journal-closed", "The journal is not open.", "Start vmferryd again.")
+            raise _closed()
         db.execute("BEGIN IMMEDIATE")
         try:
             result = work(db)
@@ -136,7 +162,7 @@ class Journal:
     # -- VMs ---------------------------------------------------------------------------------------------------------
 
     async def add_vm(self, spec: VmSpec) -> None:
-        """A new VM, owned and stopped. Raises Conflict `vm-exists`."""
+        """A new VM, owned and stopped. Raises Conflict `vm-exists`, also for a VM that is coming here."""
         await self._write(lambda db: _insert_vm(db, spec, "stopped"))
 
     async def list_vms(self) -> list[VmRow]:
@@ -163,12 +189,14 @@ class Journal:
         """The intent, before anything is made.
 
         Raises Conflict `migration-running` when this host has another migration of the VM in flight, `vm-exists` when
-        it is to be the target and has a VM of that name or id.
+        it is to be the target and has, or awaits, a VM of that name or id, `migration-exists` when it had this one.
         """
 
         def work(db: sqlite3.Connection) -> None:
             if db.execute("SELECT 1 FROM migration WHERE vm_id=? AND state!='ended'", (record.vm_id,)).fetchone():
                 raise Conflict("migration-running", f"{record.vm_name} is being migrated already.", "Wait for its end.")
+            if db.execute("SELECT 1 FROM migration WHERE id=? AND role=?", (record.id, record.role)).fetchone():
+                raise Conflict("migration-exists", f"Migration {record.id} has ended here.", "Begin a new one.")
             if record.role is Role.TARGET:
                 _require_free(db, record.vm_id, record.vm_name)
             db.execute(
@@ -230,7 +258,7 @@ class Journal:
         """All that were saved, newest first."""
         return await self._write(
             lambda db: [
-                decode(MigrationView, json.loads(row[0]))
+                _load(MigrationView, row[0])
                 for row in db.execute("SELECT view FROM migration WHERE view!='' ORDER BY created DESC")
             ]
         )
@@ -292,12 +320,19 @@ def _dump(value: object) -> str:
     return json.dumps(encode(value), separators=(",", ":"))
 
 
+def _load(kind: type[T], text: str) -> T:
+    try:
+        return decode(kind, json.loads(text))
+    except (ValueError, WrongInput) as error:
+        raise _BadRow(str(error)) from error
+
+
 def _vm_row(row: tuple[str, int, str, int, int]) -> VmRow:
-    return VmRow(decode(VmSpec, json.loads(row[0])), bool(row[1]), row[2], row[3], row[4])
+    return VmRow(_load(VmSpec, row[0]), bool(row[1]), row[2], row[3], row[4])
 
 
 def _record(text: str, state: str) -> MigrationRecord:
-    return replace(decode(MigrationRecord, json.loads(text)), state=RecordState(state))
+    return replace(_load(MigrationRecord, text), state=RecordState(state))
 
 
 def _require_free(db: sqlite3.Connection, vm_id: str, name: str) -> None:
@@ -305,6 +340,10 @@ def _require_free(db: sqlite3.Connection, vm_id: str, name: str) -> None:
         raise Conflict(
             "vm-exists", f"This host has a VM named {name} already.", "Choose another name, or delete that VM."
         )
+    # A name that is promised to an incoming VM is in use: the take, in the middle of its blackout, would find it gone.
+    promised = "SELECT 1 FROM migration WHERE role='target' AND state='active' AND json_extract(record, '$.vm_name')=?"
+    if db.execute(promised, (name,)).fetchone():
+        raise Conflict("vm-exists", f"A VM named {name} is migrating to this host.", "Choose another name.")
 
 
 def _insert_vm(db: sqlite3.Connection, spec: VmSpec, wanted: str) -> None:

@@ -17,7 +17,7 @@ from vmferry.migration.finish import (
     give_up_guest,
     put_disks_aside,
     see_it_run,
-    see_mac_away,
+    see_macs_away,
 )
 from vmferry.migration.messages import Done, Finish, RunningSeen
 from vmferry.migration.records import RecordState
@@ -40,9 +40,9 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     host.vms.give_away(vm)
     seen = await see_it_run(engine.link, record.id)
     counters = await forward_late_frames(parts, engine.gates)
-    away = await see_mac_away(parts, engine.guest)
     await engine.let_go()
     await give_up_guest(parts, engine.guest, engine.gates)
+    away = await see_macs_away(parts, engine.link, record)
     aside = await put_disks_aside(parts, record)
     reason = None
     if seen.running and not record.keep_source:

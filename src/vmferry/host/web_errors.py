@@ -65,6 +65,6 @@ async def read_body(request: web.Request, known: dict[str, type | tuple[type, ..
     for key, value in body.items():
         if key not in known:
             raise WrongInput("unknown-key", f"There is no key {key[:40]!r}.", f"Known: {', '.join(known) or 'none'}.")
-        if not isinstance(value, known[key]) or isinstance(value, bool):  # (no request has a bool)
+        if not isinstance(value, known[key]) or (isinstance(value, bool) and known[key] is int):
             raise WrongInput("bad-value", f"{key} has the wrong type.", "See docs/api.md.")
     return body

@@ -6,7 +6,8 @@ Only forward from here; every step may be done again after a crash.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import shutil
+import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,7 +16,7 @@ from vmferry.migration.gates import SourceGates
 from vmferry.migration.guest import RunningGuest, dismantle
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
-from vmferry.migration.messages import AskRunning, RunningSeen
+from vmferry.migration.messages import AnnounceAgain, AskRunning, Done, RunningSeen
 from vmferry.migration.records import MigrationRecord
 from vmferry.model.errors import VmferryError
 from vmferry.network.gate import GateCounters
@@ -23,6 +24,8 @@ from vmferry.network.probes import observe_mac_elsewhere
 from vmferry.storage.aside import AsideNote
 
 _ASK_LIMIT_S = 30.0
+_AWAY_WITHIN_S = 1.5
+_LOOK_EVERY_S = 0.05
 
 
 async def see_it_run(link: PeerLink, migration_id: str) -> RunningSeen:
@@ -33,17 +36,31 @@ async def see_it_run(link: PeerLink, migration_id: str) -> RunningSeen:
         return RunningSeen(False, 0, 0, None)
 
 
-async def see_mac_away(parts: HostParts, guest: RunningGuest) -> bool | None:
-    """Whether this host's switches have learnt all of the VM's MACs behind an uplink; None without a NIC."""
-    if not guest.ports:
+async def see_macs_away(parts: HostParts, link: PeerLink, record: MigrationRecord) -> bool | None:
+    """Whether this host's switches learn all of the VM's MACs behind an uplink; None without a NIC.
+
+    After its ports have gone from here. The target announces once more; what comes back is a real frame from there.
+    """
+    if not record.spec.nics:
         return None
-    for port in guest.ports:
-        uplinks = next((s.uplinks for s in parts.switches.values() if s.device == port.switch), ())
-        with contextlib.suppress(VmferryError):
-            seen = await observe_mac_elsewhere(parts.netlink, port.switch, port.mac, uplinks)
-            if seen.uplink is not None:
-                continue
-        return False
+    try:
+        await link.call(AnnounceAgain(record.id), Done)
+    except VmferryError:
+        return None
+    until = time.monotonic() + _AWAY_WITHIN_S
+    while not await _are_away(parts, record):
+        if time.monotonic() > until:
+            return False
+        await asyncio.sleep(_LOOK_EVERY_S)
+    return True
+
+
+async def _are_away(parts: HostParts, record: MigrationRecord) -> bool:
+    for nic in record.spec.nics:
+        switch = parts.switches[nic.switch]
+        seen = await observe_mac_elsewhere(parts.netlink, switch.device, nic.mac, switch.uplinks)
+        if seen.uplink is None:
+            return False
     return True
 
 
@@ -81,6 +98,4 @@ async def delete_disks(parts: HostParts, paths: Sequence[str]) -> None:
 
 async def delete_boot_files(parts: HostParts, vm_id: str) -> None:
     """Deletes the VM's boot files here. Idempotent."""
-    import shutil
-
     await asyncio.to_thread(shutil.rmtree, parts.vm_dir(vm_id), ignore_errors=True)

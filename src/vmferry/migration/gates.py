@@ -71,9 +71,14 @@ class SourceGates:
         for gate in self._gates:
             await gate.settle(_SETTLE_MS)
 
-    def drain(self) -> int:
-        """Sends on what is left in the old rings; the guest is stopped."""
-        return sum(gate.drain() for gate in self._gates)
+    def arm(self) -> None:
+        """From now on what goes to the guest is kept, in case QEMU stops it before the gate is closed."""
+        for gate in self._gates:
+            gate.arm()
+
+    def drain(self, stopping_since: float | None = None) -> int:
+        """Sends on what is left in the old rings; the guest is stopped. See `SourceGate.drain`."""
+        return sum(gate.drain(stopping_since) for gate in self._gates)
 
     def reclaim(self) -> None:
         """Rollback, first step."""
@@ -124,7 +129,7 @@ class TargetGates:
             TargetGate(parts.netlink, port, spec, _uplinks(parts, port.switch))
             for port, spec in zip(ports, _specs(parts, migration_id, mtus, parts.address, remote), strict=True)
         ]
-        self._rounds: list[asyncio.Task[int]] = []
+        self._rounds: list[asyncio.Task[None]] = []
         self._held = 0
 
     async def prepare(self) -> None:
@@ -142,7 +147,12 @@ class TargetGates:
         for gate in self._gates:
             self._held += gate.held()
             gate.announce()
-            self._rounds.append(asyncio.create_task(announce_rounds(gate.announcer)))
+            self._rounds.append(asyncio.create_task(_settle_in(gate)))
+
+    def announce_again(self) -> None:
+        """Once more, at once."""
+        for gate in self._gates:
+            gate.announcer.send()
 
     async def counters(self) -> tuple[int, int]:
         """Frames that waited for the guest, and frames dropped on this host."""
@@ -160,3 +170,9 @@ class TargetGates:
                 await task
         for gate in self._gates:
             await gate.release()
+
+
+async def _settle_in(gate: TargetGate) -> None:
+    """What follows an opened gate: broadcasts that fell between are put in, the network is told again and again."""
+    await gate.complete()
+    await announce_rounds(gate.announcer)

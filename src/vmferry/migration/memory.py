@@ -200,6 +200,7 @@ class MemoryCopy:
             await start_postcopy(self._guest.monitor)
             return
         # With the gate closed QEMU may stop the guest itself as soon as nothing is left. It gets a moment for that.
+        await switchover.gates.settle()
         await self._last_passes(switchover, events)
         if not switchover.stopped.done():
             await set_switchover_limit(self._guest.monitor, max(self._goal.max_blackout_ms, 20), rate)

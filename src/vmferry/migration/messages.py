@@ -282,6 +282,13 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class AnnounceAgain:
+    """The source's port is gone: say once more where the VM is, so that the source's switch can be seen to learn it."""
+
+    migration_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class AskRunning:
     """Has the guest been seen to run here since the take?"""
 
@@ -323,6 +330,7 @@ Request = (
     | Take
     | Abort
     | ReturnFrames
+    | AnnounceAgain
     | Inquire
     | AskRunning
     | Finish
@@ -345,6 +353,7 @@ REPLIES: dict[type, type] = {
     Take: Taken,
     Abort: Done,
     ReturnFrames: FramesReturned,
+    AnnounceAgain: Done,
     Inquire: Answer,
     AskRunning: RunningSeen,
     Finish: Done,

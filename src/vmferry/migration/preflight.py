@@ -36,12 +36,13 @@ from vmferry.migration.prediction import Measured, predict
 from vmferry.migration.rehearsal import rehearse
 from vmferry.model.errors import VmferryError
 from vmferry.model.findings import Finding, Severity, blocking
-from vmferry.model.migration import CheckResult, MigrateOptions, Prediction
+from vmferry.model.migration import CheckResult, MigrateOptions, PostCopy, Prediction
 from vmferry.model.vm import Disk, VmSpec
 from vmferry.network.probes import PathProbeListener, observe_mac_elsewhere, send_path_probe
 from vmferry.network.switches import observe_switch
 from vmferry.qemu.cpu import observe_cpu, observe_guest_cpu
 from vmferry.qemu.memory_stream import estimate_dirty_rate, observe_migration
+from vmferry.qemu.post_copy import may_fault
 from vmferry.storage.image_info import observe_image
 
 _SMALLEST_PROBE = 46
@@ -245,6 +246,7 @@ class TargetChecks:
             *await self._find_cpu(request),
             *await self._find_pools(request),
             *await self._find_switches(request),
+            *await asyncio.to_thread(self._find_post_copy, request),
         ]
         return TargetChecked(
             findings=tuple(findings),
@@ -268,6 +270,15 @@ class TargetChecks:
             message = f"{host} takes {self._parts.limits.incoming} incoming migrations at a time, and has as many."
             found.append(find.error("incoming-limit", message, "Wait, or raise [limits] incoming.", host))
         return found
+
+    def _find_post_copy(self, request: CheckTarget) -> list[Finding]:
+        if request.options.post_copy is PostCopy.NEVER or may_fault(self._parts.user):
+            return []
+        user = self._parts.user
+        group = f"group {user.gid}" if user else "root"
+        message = f"Guests on {self._parts.name} may not use userfaultfd, which post-copy needs."
+        fix = f"Let {group} open /dev/userfaultfd (packaging/70-vmferry.rules), or leave --post-copy out."
+        return [find.error("post-copy-not-allowed", message, fix, self._parts.name)]
 
     async def _find_cpu(self, request: CheckTarget) -> list[Finding]:
         parts, spec = self._parts, request.spec

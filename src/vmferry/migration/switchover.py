@@ -62,6 +62,8 @@ class Switchover:
     completed: asyncio.Future[QmpEvent] = field(init=False)
     loaded: asyncio.Task[Loaded] = field(init=False)
     memory: MemoryDigests | None = None
+    _late: bool = False
+    _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
     disk_digests: tuple[DiskDigests, ...] = ()
 
@@ -84,14 +86,15 @@ class Switchover:
 
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
+        self.gates.arm()
         await self.link.call(PlugPorts(self.migration_id), Done, timeout_s=5)
         self.timeline.mark("target plugged")
 
     def close_gate(self) -> None:
         """From now on the guest's frames go to the target. No await."""
-        late = self.stopped.done()
         self.gates.close()
-        self.timeline.mark("gate closed late" if late else "gate closed")
+        self._late = self.stopped.done()
+        self.timeline.mark("gate closed late" if self._late else "gate closed")
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""
@@ -154,6 +157,7 @@ class Switchover:
         await asyncio.wait([self.stopped, self.waiting], return_when=asyncio.FIRST_COMPLETED)
         stop = self.stopped.result() if self.stopped.done() else self.waiting.result()
         self.timeline.stop_ns = stop.received_ns
+        self._ran_until = stop.qemu_us / 1e6 - _STOPPING_S
         self.timeline.mark("guest stopped", stop.received_ns)
 
     async def _transfer(self) -> Loaded:
@@ -176,7 +180,7 @@ class Switchover:
         mark = self.timeline.mark
         last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
         try:
-            self.leftover_frames = self.gates.drain()
+            self.leftover_frames = self.gates.drain(self._ran_until if self._late else None)
             waiting = await self.waiting
             if waiting.data["status"] != "pre-switchover":
                 raise await self._stream_failed()
@@ -210,5 +214,7 @@ class Switchover:
         )
 
 
+# QEMU says STOP when the vCPUs have stopped; a moment earlier the guest certainly still ran.
+_STOPPING_S = 0.003
 _LOAD = "The check's rehearsal should have found it; see the target's qemu.log."
 _STREAM = "Look at the migration network and at the target's QEMU, then migrate again."

@@ -263,6 +263,11 @@ class TargetMigration:
         guest.process.set_priority(0)
         await self._hooks.on_taken(self.record, guest, run)
 
+    def announce_again(self) -> None:
+        """Tells the network once more where the VM is."""
+        if self._gates is not None:
+            self._gates.announce_again()
+
     async def ask_running(self) -> RunningSeen:
         """Whether the guest's vCPUs were seen to advance since the take, and what the new ports counted."""
         guest = self._require_guest()
