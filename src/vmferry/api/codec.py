@@ -82,7 +82,7 @@ def decode(kind: type[T], data: object) -> T:
             f"Not a valid {getattr(kind, '__name__', str(kind))}: {'; '.join(_faults(error, data))}.",
             "Both sides may be of different versions of vmferry; otherwise correct the keys named.",
         ) from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise WrongInput("bad-document", f"Not a JSON document: {error}.", "Send JSON (RFC 8259).") from error
 
 

@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from vmferry.api import certificates as certs
 from vmferry.api.identity import read
+from vmferry.model.errors import VmferryError
 
 _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
@@ -43,7 +44,7 @@ def check_document(directory: Path, document: dict[str, Any], signer: str) -> st
         signature, der = (base64.b64decode(part, validate=True) for part in str(document.get("signature")).split("."))
         certificate = x509.load_der_x509_certificate(der)
         name = certs.host_in(der)
-    except (ValueError, binascii.Error) as error:
+    except (ValueError, binascii.Error, VmferryError) as error:
         return f"the signature cannot be read ({error})"
     ca = certs.certificate_from_pem(read(directory / "ca.pem"), str(directory / "ca.pem"))
     if not certs.is_signed_by(certificate, ca):

@@ -7,6 +7,7 @@ import re
 from vmferry.model.errors import WrongInput
 
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\Z")
+_NO_MAC = "00:00:00:00:00:00"  # Linux refuses it too (is_valid_ether_addr)
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}\Z")
 
 
@@ -25,7 +26,7 @@ def require_name(name: str, what: str) -> str:
 def require_mac(mac: str) -> str:
     """The MAC in lower case. Raises WrongInput `bad-mac` unless it is a unicast Ethernet address."""
     lowered = mac.lower()
-    if not _MAC.match(lowered) or int(lowered[:2], 16) & 1:
+    if not _MAC.match(lowered) or int(lowered[:2], 16) & 1 or lowered == _NO_MAC:
         raise WrongInput("bad-mac", f"{mac[:40]!r} is not a unicast MAC address.", "Write it like 52:54:00:12:34:56.")
     return lowered
 
