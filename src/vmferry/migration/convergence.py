@@ -57,7 +57,7 @@ class Step(StrEnum):
     """What to do about the memory."""
 
     GO_ON = "go-on"
-    SWITCH = "switch"  # at the end of the present pass
+    SWITCH = "switch"  # in the pass that follows the present one
     THROTTLE = "throttle"
     POST_COPY = "post-copy"
     GIVE_UP = "give-up"

@@ -30,10 +30,10 @@ from vmferry.qemu.monitor import EventStream, QmpEvent
 _LOOK_EVERY_S = 0.05
 _HOLD_BYTES_PER_S = 4096  # one page a window of 100 ms; below 10 it would mean "no limit"
 _NEAR_S = 0.25  # what is left of a pass, at the present rate
-_PLUG_BEFORE_END_S = 0.015
-_CLOSE_BEFORE_END_S = 0.004
 _STOP_BEFORE_END_S = 0.002
-_LAST_PASSES_S = 0.04  # the gate is closed and the guest still runs: its network waits for no longer than this
+_LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network waits for no longer than this
+_SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
+_LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
@@ -48,6 +48,8 @@ class MemoryCopy:
         self._report = report
         self._passes: list[PassStart] = []
         self._rate = 0
+        self._pace = 0.0
+        self._seen = (0, 0, 0.0)
         self._held = False
         self._near = False
         self._began = 0.0
@@ -95,6 +97,7 @@ class MemoryCopy:
     def _watch_progress(self, sample: MemorySample, stall_s: float) -> None:
         now = time.monotonic()
         self._rate = max(self._rate, int(sample.mbps * 125_000))
+        self._watch_pace(sample, now)
         self.sent_bytes, self.rounds = sample.transferred_bytes, max(self.rounds, sample.dirty_sync_count)
         if sample.transferred_bytes != self._last_transferred or self._held:
             self._moved_at, self._last_transferred = now, sample.transferred_bytes
@@ -116,9 +119,15 @@ class MemoryCopy:
             eta_ms=Range(round(left_ms), round(left_ms * 2 + 200)),
         )
 
+    def _watch_pace(self, sample: MemorySample, now: float) -> None:
+        number, remaining, at = self._seen
+        if number == sample.dirty_sync_count and now > at:
+            self._pace = max(self._pace, (remaining - sample.remaining_bytes) / (now - at))
+        self._seen = (sample.dirty_sync_count, sample.remaining_bytes, now)
+
     def _left_s(self, sample: MemorySample) -> float:
-        """What is left of the present pass, in seconds."""
-        return sample.remaining_bytes / max(self._rate, _SMALLEST_RATE)
+        """What is left of the present pass, in seconds, at the best pace seen: zeros pass many times faster."""
+        return sample.remaining_bytes / max(self._pace, self._rate, _SMALLEST_RATE)
 
     def _is_near(self, sample: MemorySample) -> bool:
         """Whether the switchover may come soon: what is left of the pass is short (with hysteresis)."""
@@ -190,46 +199,46 @@ class MemoryCopy:
         self.sent_bytes, self.rounds = sample.transferred_bytes, sample.dirty_sync_count
 
     async def _land(self, switchover: Switchover, events: EventStream, stall_s: float) -> None:
-        """From here on the guest's frames go to the target and it will stop within some ten milliseconds."""
-        rate = max(self._rate, _SMALLEST_RATE)
-        await self._wait_until_left(switchover, _PLUG_BEFORE_END_S, stall_s)
-        await switchover.plug()
-        await self._wait_until_left(switchover, _CLOSE_BEFORE_END_S, stall_s)
+        """From the beginning of the next pass on the guest's frames go to the target, and it stops soon after."""
+        switchover.gates.arm()
+        await self._next_pass(events, switchover, stall_s)
+        # At once, before anything is asked: a short pass is over in milliseconds, and QEMU may stop the guest then.
         switchover.close_gate()
-        if self.post_copy:
-            await start_postcopy(self._guest.monitor)
-            return
-        # With the gate closed QEMU may stop the guest itself as soon as nothing is left. It gets a moment for that.
-        await switchover.gates.settle()
-        await self._last_passes(switchover, events)
-        if not switchover.stopped.done():
-            await set_switchover_limit(self._guest.monitor, max(self._goal.max_blackout_ms, 20), rate)
+        plugging = asyncio.create_task(switchover.plug())
+        try:
+            if self.post_copy:
+                await start_postcopy(self._guest.monitor)
+            else:
+                await self._last_pass(switchover)
+        finally:
+            await plugging
 
-    async def _wait_until_left(self, switchover: Switchover, left_s: float, stall_s: float) -> None:
-        """Until so much is left of the present pass, or the guest has stopped, or a new pass has begun."""
-        number = self._passes[-1].number if self._passes else 0
+    async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
+        """Until a pass begins, or the guest has stopped."""
         while not switchover.stopped.done():
-            sample = await self._look(stall_s)
-            over = self._left_s(sample) - left_s
-            if over <= 0 or sample.dirty_sync_count != number:
-                return
-            await asyncio.wait([switchover.stopped], timeout=min(over, _LOOK_EVERY_S))
-
-    async def _last_passes(self, switchover: Switchover, events: EventStream) -> None:
-        """Until the next pass has begun and is about to end, for at most a moment."""
-        until = time.monotonic() + _LAST_PASSES_S
-        while (left := until - time.monotonic()) > 0 and not switchover.stopped.done():
             try:
-                event = await asyncio.wait_for(events.get(), left)
+                event = await asyncio.wait_for(events.get(), _LOOK_EVERY_S)
             except TimeoutError:
-                return
-            if event.name != "MIGRATION_PASS" or switchover.stopped.done():
+                await self._look(stall_s)
                 continue
-            sample = await observe_migration(self._guest.monitor)
-            send_s = min(self._left_s(sample) - _STOP_BEFORE_END_S, until - time.monotonic())
-            if send_s > 0:
-                await asyncio.wait([switchover.stopped], timeout=send_s)
-            return
+            if event.name != "MIGRATION" or event.data.get("status") in ("pre-switchover", "failed", "cancelled"):
+                return
+
+    async def _last_pass(self, switchover: Switchover) -> None:
+        """Lets the pass go almost to its end if the next one will be shorter; then QEMU may stop the guest."""
+        monitor = self._guest.monitor
+        sample = await observe_migration(monitor)
+        if sample.status == "active" and not switchover.stopped.done():
+            self._note_pass(sample)
+            send_s = self._passes[-1].send_ms / 1000
+            shrinks = next_pass_ms(tuple(self._passes), self._goal) < send_s * 1000 * _SHRINKS
+            if shrinks and send_s > _STOP_BEFORE_END_S:
+                wait_s = min(send_s - _STOP_BEFORE_END_S, _LAST_PASS_S)
+                await asyncio.wait([switchover.stopped], timeout=wait_s)
+            await switchover.gates.settle()
+        if not switchover.stopped.done():
+            limit_ms = max(self._goal.max_blackout_ms, _LEAST_LIMIT_MS)
+            await set_switchover_limit(monitor, limit_ms, max(self._rate, _SMALLEST_RATE))
 
 
 def _stopped(event: QmpEvent | None) -> bool:
