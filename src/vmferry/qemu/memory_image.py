@@ -17,7 +17,7 @@ import xxhash
 
 CHUNK_BYTES = 1 << 20
 _DIGEST_BYTES = 16
-_BATCH_CHUNKS = 16
+_BATCH_BYTES = 16 * CHUNK_BYTES
 _MADV_POPULATE_READ = 22  # madvise(2), Linux 5.14
 
 
@@ -41,7 +41,12 @@ def compare_digests(one: MemoryDigest, other: MemoryDigest) -> int | None:
 
 
 class MemoryReader:
-    """A guest's memory, mapped ahead of the blackout."""
+    """A guest's memory, mapped ahead of the blackout.
+
+    Page faults cost more than hashing (512 MiB, one thread: 285 ms through a new mapping, 90 ms through one with its
+    page tables filled, 140 ms with read(2)). So call `prepare` before the guest stops, on the target as late as it
+    suits: what was there then is read through the mapping, the rest with read(2).
+    """
 
     def __init__(self, fd: int, size_bytes: int, threads: int | None = None) -> None:
         self._fd = os.dup(fd)
@@ -50,7 +55,25 @@ class MemoryReader:
         self._view = memoryview(self._map)
         workers = threads or min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="memory-digest")
+        self._mapped: set[int] = set()  # chunks whose page tables are filled
         self._zero = xxhash.xxh3_128_digest(bytes(CHUNK_BYTES))
+
+    async def prepare(self) -> None:
+        """Fills the page tables for what is there now. Makes no pages; may be called again; the guest may run."""
+        await asyncio.to_thread(self._populate)
+
+    def _populate(self) -> None:
+        if len(self._mapped) == self._size // CHUNK_BYTES:
+            return
+        for start, end in _data_extents(self._fd, self._size):
+            for chunk in range(-(-start // CHUNK_BYTES), end // CHUNK_BYTES):
+                if chunk in self._mapped:
+                    continue
+                try:  # in small steps: Python holds its lock meanwhile
+                    self._map.madvise(_MADV_POPULATE_READ, chunk * CHUNK_BYTES, CHUNK_BYTES)
+                except OSError:  # an older kernel: read(2) will do
+                    return
+                self._mapped.add(chunk)
 
     def close(self) -> None:
         """Unmaps. The guest's memory is untouched."""
@@ -62,33 +85,28 @@ class MemoryReader:
     async def digest(self) -> MemoryDigest:
         """The digest of the memory as it is now. Only means something while the guest is stopped."""
         loop = asyncio.get_running_loop()
-        batches = await asyncio.to_thread(self._batches)
-        parts = await asyncio.gather(*(loop.run_in_executor(self._pool, self._digest_batch, *b) for b in batches))
+        starts = range(0, self._size, _BATCH_BYTES)
+        parts = await asyncio.gather(*(loop.run_in_executor(self._pool, self._digest_batch, start) for start in starts))
         chunks = b"".join(parts)
         return MemoryDigest(xxhash.xxh3_128_hexdigest(chunks), self._size, chunks)
 
-    def _batches(self) -> list[tuple[int, list[tuple[int, int]]]]:
-        extents = list(_data_extents(self._fd, self._size))
-        step = _BATCH_CHUNKS * CHUNK_BYTES
-        batches = []
-        for start in range(0, self._size, step):
-            end = min(start + step, self._size)
-            batches.append((start, [(max(a, start), min(b, end)) for a, b in extents if a < end and b > start]))
-        return batches
+    def _digest_batch(self, start: int) -> bytes:
+        digests = []
+        data_at = -1  # where the next data is known to begin
+        for at in range(start, min(start + _BATCH_BYTES, self._size), CHUNK_BYTES):
+            end = min(at + CHUNK_BYTES, self._size)
+            if at // CHUNK_BYTES in self._mapped:
+                digests.append(xxhash.xxh3_128_digest(self._view[at:end]))
+                continue
+            if data_at < at:
+                data_at = _next_data(self._fd, at, self._size)
+            digests.append(self._digest_unmapped(at, end, data_at))
+        return b"".join(digests)
 
-    def _digest_batch(self, start: int, extents: list[tuple[int, int]]) -> bytes:
-        end = min(start + _BATCH_CHUNKS * CHUNK_BYTES, self._size)
-        return b"".join(
-            self._digest_chunk(at, min(at + CHUNK_BYTES, end), extents) for at in range(start, end, CHUNK_BYTES)
-        )
-
-    def _digest_chunk(self, start: int, end: int, extents: list[tuple[int, int]]) -> bytes:
-        inside = [(max(a, start), min(b, end)) for a, b in extents if a < end and b > start]
-        if not inside:
+    def _digest_unmapped(self, start: int, end: int, data_at: int) -> bytes:
+        if data_at >= end:
             return self._zero if end - start == CHUNK_BYTES else xxhash.xxh3_128_digest(bytes(end - start))
-        if inside == [(start, end)]:
-            return xxhash.xxh3_128_digest(self._view[start:end])
-        # Partly a hole: read(2) gives zeros for it, where touching the map would allocate pages.
+        # read(2) gives zeros for a hole, where touching the map would make pages.
         return xxhash.xxh3_128_digest(os.pread(self._fd, end - start, start))
 
 
@@ -101,12 +119,16 @@ async def digest_memory(fd: int, size_bytes: int, threads: int | None = None) ->
         await asyncio.to_thread(reader.close)
 
 
+def _next_data(fd: int, position: int, size: int) -> int:
+    try:
+        return os.lseek(fd, position, os.SEEK_DATA)
+    except OSError:  # ENXIO: only a hole is left (lseek(2))
+        return size
+
+
 def _data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    # The kernel looks at every page (0.25 us each): fine ahead of the blackout, too slow in it.
     position = 0
-    while position < size:
-        try:
-            start = os.lseek(fd, position, os.SEEK_DATA)
-        except OSError:  # ENXIO: only a hole is left (lseek(2))
-            return
+    while (start := _next_data(fd, position, size)) < size:
         position = os.lseek(fd, start, os.SEEK_HOLE)
         yield start, min(position, size)
