@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Awaitable, Callable
 
 from vmferry.host import log
+from vmferry.host.heap import give_memory_back
 from vmferry.host.journal import Journal
 from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.peers import Peers
@@ -132,6 +133,7 @@ class Incoming:
         self._forget(request.migration_id)
         blackout, total = request.receipt.get("blackout_ms"), request.receipt.get("total_ms")
         await self._views.end(request.migration_id, Outcome.COMPLETED, None, blackout_ms=blackout, total_ms=total)
+        await asyncio.to_thread(give_memory_back)
 
     async def ask_running(self, request: m.AskRunning, peer: str) -> m.RunningSeen:
         """Whether the guest was seen to run here; also after a restart of this daemon."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from vmferry.host import log
 from vmferry.host.config import DEFAULT_PATH, load_config
 from vmferry.host.daemon import Daemon
+from vmferry.host.heap import keep_heap_small
 from vmferry.host.priority import raise_priority
 from vmferry.model.errors import VmferryError
 
@@ -40,6 +41,7 @@ async def _serve(daemon: Daemon) -> None:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, daemon.stop)
+    keep_heap_small()
     if not raise_priority():
         log.alarm("priority-not-raised", fix="run as root, or give CAP_SYS_NICE")
     # What is there now stays: collections in a blackout need not look at it.

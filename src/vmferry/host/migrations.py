@@ -13,6 +13,7 @@ from typing import Any
 from vmferry.api.codec import encode
 from vmferry.api.signing import check_document
 from vmferry.host import log
+from vmferry.host.heap import give_memory_back
 from vmferry.host.journal import Journal
 from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.outcome import finish_source
@@ -185,6 +186,7 @@ class Migrations:
             await self._fail(outgoing, record, Outcome.FAILED, reason)
         finally:
             self._outgoing.pop(record.id, None)
+            await asyncio.to_thread(give_memory_back)
 
     async def _move(self, outgoing: Outgoing, record: MigrationRecord, options: MigrateOptions, began: float) -> None:
         vm = outgoing.vm
@@ -258,10 +260,13 @@ class Migrations:
         """The guest is here; the record is closed and the VM let go."""
         engine = outgoing.engine
         record = engine.record if engine else record
-        if record.state is RecordState.ACTIVE:
-            await self._journal.move(record, RecordState.ENDED)
-        await self._vms.release(outgoing.vm)
-        await self._views.end(record.id, outcome, reason)
+        try:
+            if record.state is RecordState.ACTIVE:
+                await self._journal.move(record, RecordState.ENDED)
+        finally:
+            # Also when the journal cannot be written: the guest is here, and its user must be able to work with it.
+            await self._vms.release(outgoing.vm)
+            await self._views.end(record.id, outcome, reason)
         log.event("migration-ended", id=record.id, outcome=outcome, reason=reason.code, message=reason.message)
 
     # -- settling ----------------------------------------------------------------------------------------------------

@@ -27,7 +27,9 @@ R = TypeVar("R")
 PEER_PATH = "/v1/peer"
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in REPLIES}
 _LARGEST_MESSAGE = 64 << 20
-_HEARTBEAT_S = 5.0
+# A ping this often, and half of it for the answer: in the last part of a copy guest writes wait for the target, so a
+# dead link must be noticed within seconds.
+_HEARTBEAT_S = 3.0
 
 Handler = Callable[[Request], Awaitable[object]]
 

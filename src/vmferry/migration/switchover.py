@@ -74,7 +74,8 @@ class Switchover:
         self.waiting = expect_status(monitor, "pre-switchover", "failed", "cancelled")
         self.completed = expect_status(monitor, "completed", "failed", "cancelled")
         request = AwaitLoaded(self.migration_id, memory_digest=self.verify_memory is not None)
-        self.loaded = asyncio.create_task(self.link.call(request, Loaded, timeout_s=7 * 24 * 3600))
+        self.loaded = asyncio.create_task(self.link.call(request, Loaded, timeout_s=_ANY_TIME_S))
+        self.loaded.add_done_callback(_look_at)
 
     def disarm(self) -> None:
         """Stops listening. Idempotent."""
@@ -212,6 +213,14 @@ class Switchover:
         return Failed(
             "memory-stream", f"The memory stream broke off: {sample.error_desc or 'QEMU does not say why'}.", _STREAM
         )
+
+
+_ANY_TIME_S = 30 * 24 * 3600.0
+
+
+def _look_at(task: asyncio.Task[Loaded]) -> None:
+    if not task.cancelled():
+        task.exception()  # what nobody waits for any more gets no warning from asyncio
 
 
 # QEMU says STOP when the vCPUs have stopped; a moment earlier the guest certainly still ran.
