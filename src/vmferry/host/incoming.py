@@ -336,7 +336,9 @@ class PeerSession:
             m.StartGuest: lambda r: self._migration(r).start(),
             m.DigestDisk: lambda r: self._migration(r).disks().digest(r),
             m.RedigestDisk: lambda r: self._migration(r).disks().redigest(r),
+            m.StandBy: self._stand_by,
             m.PlugPorts: self._plug,
+            m.DisksComplete: self._disks_complete,
             m.AwaitLoaded: lambda r: self._migration(r).await_loaded(r),
             m.Take: lambda r: incoming.take(r, peer),
             m.Abort: self._abort,
@@ -372,6 +374,14 @@ class PeerSession:
 
     async def _put_boot_file(self, request: m.PutBootFile) -> m.Done:
         await self._migration(request).put_boot_file(request)
+        return m.Done()
+
+    async def _stand_by(self, request: m.StandBy) -> m.Done:
+        await self._migration(request).stand_by()
+        return m.Done()
+
+    async def _disks_complete(self, request: m.DisksComplete) -> m.Done:
+        await self._migration(request).end_exports()
         return m.Done()
 
     async def _plug(self, request: m.PlugPorts) -> m.Done:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
@@ -83,6 +84,20 @@ async def create_images(
         await pool_of(parts, disk.pool).create_image(request, path)
     disks = tuple(replace(disk, path=str(path)) for disk, path in zip(spec.disks, paths, strict=True))
     return replace(spec, disks=disks)
+
+
+async def sync_images(spec: VmSpec) -> None:
+    """Writes the images' dirty pages out (fdatasync), so that the flush inside the blackout finds little to do."""
+    for disk in spec.disks:
+        await asyncio.to_thread(_sync, disk.path)
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
 
 
 async def remove_images(parts: HostParts, paths: Sequence[str]) -> None:

@@ -198,6 +198,20 @@ class DiskDigested:
 
 
 @dataclass(frozen=True, slots=True)
+class StandBy:
+    """The switchover comes soon: write out what is in the caches, map what will be read."""
+
+    migration_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class DisksComplete:
+    """The mirrors have ended and the disks are equal: end the exports, while the state comes."""
+
+    migration_id: str
+
+
+@dataclass(frozen=True, slots=True)
 class PlugPorts:
     """Put the VM's ports into their switches, correct the tables, announce once."""
 
@@ -325,7 +339,9 @@ Request = (
     | StartGuest
     | DigestDisk
     | RedigestDisk
+    | StandBy
     | PlugPorts
+    | DisksComplete
     | AwaitLoaded
     | Take
     | Abort
@@ -348,7 +364,9 @@ REPLIES: dict[type, type] = {
     StartGuest: Prepared,
     DigestDisk: DiskDigested,
     RedigestDisk: DiskDigested,
+    StandBy: Done,
     PlugPorts: Done,
+    DisksComplete: Done,
     AwaitLoaded: Loaded,
     Take: Taken,
     Abort: Done,

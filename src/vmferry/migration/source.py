@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
-from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks
+from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks, sync_images
 from vmferry.migration.gates import SourceGates
 from vmferry.migration.guest import RunningGuest, map_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
@@ -31,12 +31,13 @@ from vmferry.migration.messages import (
     Prepare,
     Prepared,
     ReturnFrames,
+    StandBy,
     StartGuest,
     Take,
     Taken,
 )
 from vmferry.migration.records import MigrationRecord, RecordState
-from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls
+from vmferry.migration.streams import SOURCE_TLS, add_source_tls, channels, remove_tls
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Range, Verify
@@ -89,6 +90,7 @@ class SourceMigration:
     _disks: SourceDisks | None = None
     _memory: MemoryCopy | None = None
     _reader: MemoryReader | None = None
+    _standing_by: asyncio.Task[None] | None = None
     _committed: bool = False
 
     @property
@@ -190,6 +192,7 @@ class SourceMigration:
         proof: asyncio.Task[None] | None = None
         try:
             settings = StreamSettings(
+                multifd_channels=channels(self.options),
                 postcopy=self.options.post_copy is PostCopy.ALLOW,
                 auto_converge=self.options.max_slowdown_percent > 0,
                 tls_creds=SOURCE_TLS.creds(self.parts),
@@ -211,17 +214,32 @@ class SourceMigration:
             switchover.disarm()
             raise
         finally:
-            if proof is not None:
-                proof.cancel()
-                await asyncio.gather(proof, return_exceptions=True)
+            for task in (proof, self._standing_by):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
 
     def _rest_is_ready(self, near: bool, proof: asyncio.Task[None] | None) -> bool:
         """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
-        if proof is None:
-            return near
-        if proof.done():
+        if proof is not None and proof.done():
             proof.result()
-        return _require(self._disks).freeze_proof(near) and near
+        proven = proof is None or _require(self._disks).freeze_proof(near)
+        if not near:
+            self._standing_by = None  # what was written out by then is written anew before the end
+        if not (near and proven):
+            return False
+        if self._standing_by is None:
+            self._standing_by = asyncio.create_task(self._stand_by())
+        if self._standing_by.done():
+            self._standing_by.result()
+        return self._standing_by.done()
+
+    async def _stand_by(self) -> None:
+        """Both sides get ready for the switchover, while the guest runs."""
+        here = [sync_images(self.guest.spec)]
+        if self._reader is not None:
+            here.append(self._reader.prepare())
+        await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
 
     def _arm_switchover(self) -> Switchover:
         switchover = Switchover(

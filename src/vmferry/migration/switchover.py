@@ -17,7 +17,7 @@ from vmferry.migration.disks import SourceDisks
 from vmferry.migration.gates import SourceGates
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.link import PeerLink
-from vmferry.migration.messages import AwaitLoaded, Done, Loaded, PlugPorts
+from vmferry.migration.messages import AwaitLoaded, DisksComplete, Done, Loaded, PlugPorts
 from vmferry.model.errors import Failed
 from vmferry.model.receipt import DiskDigests, MemoryDigests, Step
 from vmferry.qemu.memory_image import MemoryDigest, MemoryReader
@@ -62,6 +62,7 @@ class Switchover:
     completed: asyncio.Future[QmpEvent] = field(init=False)
     loaded: asyncio.Task[Loaded] = field(init=False)
     memory: MemoryDigests | None = None
+    _exports_ended: asyncio.Task[Done] | None = None
     _late: bool = False
     _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
@@ -82,8 +83,9 @@ class Switchover:
         for future in (self.stopped, self.waiting, self.completed):
             future.cancel()
         self.loaded.cancel()
-        if self._memory_here is not None:
-            self._memory_here.cancel()
+        for task in (self._memory_here, self._exports_ended):
+            if task is not None:
+                task.cancel()
 
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
@@ -194,6 +196,7 @@ class Switchover:
                 await last_writes
                 self.disk_digests = await self.disks.compare()
                 mark("disks compared")
+            self._exports_ended = asyncio.create_task(self.link.call(DisksComplete(self.migration_id), Done))
         finally:
             if last_writes is not None:
                 last_writes.cancel()

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from vmferry.migration.disks import TargetDisks, create_images, remove_images
+from vmferry.migration.disks import TargetDisks, create_images, remove_images, sync_images
 from vmferry.migration.gates import TargetGates, gate_vni
 from vmferry.migration.guest import (
     RunningGuest,
@@ -41,7 +41,7 @@ from vmferry.migration.messages import (
 )
 from vmferry.migration.placement import place
 from vmferry.migration.records import MigrationRecord, RecordState, Reserved
-from vmferry.migration.streams import TARGET_TLS, add_target_tls
+from vmferry.migration.streams import TARGET_TLS, add_target_tls, channels
 from vmferry.model.errors import Conflict, Failed, VmferryError, WrongInput
 from vmferry.model.migration import PostCopy, Role, Verify
 from vmferry.model.names import require_name
@@ -78,7 +78,7 @@ class TargetMigration:
         self._disks: TargetDisks | None = None
         self._memory: MemoryReader | None = None
         self._loaded = False
-        self._unserved: asyncio.Task[None] | None = None
+        self._unserving = asyncio.Lock()
         self._taken: Taken | None = None
         self._taken_at = 0.0
         self._ending = asyncio.Lock()
@@ -175,6 +175,7 @@ class TargetMigration:
         self._disks = TargetDisks(self._parts, self.guest)
         disk_port = await self._disks.serve(provable=options.verify is not Verify.NONE)
         settings = StreamSettings(
+            multifd_channels=channels(options),
             postcopy=options.post_copy is PostCopy.ALLOW,
             tls_creds=TARGET_TLS.creds(self._parts),
             tls_authz=TARGET_TLS.authz(self._parts),
@@ -193,6 +194,17 @@ class TargetMigration:
     def disks(self) -> TargetDisks:
         """The disks being received. Raises Failed `target-guest-gone`, Conflict `not-prepared`."""
         return self._require_disks()
+
+    async def stand_by(self) -> None:
+        """Before the switchover, while the guest runs on the source: the little that is left then is quick."""
+        await sync_images(self.record.spec)
+        if self._memory is not None:
+            await self._memory.prepare()
+
+    async def end_exports(self) -> None:
+        """Ends all exports; strictly before the guest runs. Idempotent."""
+        async with self._unserving:
+            await self._require_disks().stop_serving()
 
     def plug(self) -> None:
         """The ports are in their switches and the tables point to them; frames wait in the new ports."""
@@ -213,8 +225,6 @@ class TargetMigration:
         if status not in _LOADED:
             sample = await observe_migration(guest.monitor)
             return Loaded(problem=sample.error_desc or " / ".join(guest.process.log_tail(3)) or "QEMU does not say why")
-        # Not waited for here, but before the guest runs: the source need not wait for it.
-        self._unserved = asyncio.create_task(self._require_disks().stop_serving())
         self._loaded = True
         if not request.memory_digest or self._memory is None:
             return Loaded("")
@@ -234,8 +244,7 @@ class TargetMigration:
             if not self._loaded or request.generation != self.record.generation:
                 raise Conflict("not-loaded", "The guest's state is not complete on the target.", "Nothing was taken.")
             started = time.monotonic()
-            if self._unserved is not None:
-                await self._unserved
+            await self.end_exports()
             self.record = await self._parts.journal.move(self.record, RecordState.TAKEN, wanted=_WANTED[request.run])
             written = time.monotonic()
             resumed_at = await self._run(guest) if request.run else written
