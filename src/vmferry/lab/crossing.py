@@ -6,6 +6,7 @@ sentences, none if all is as it must be.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from datetime import datetime
 from types import TracebackType
@@ -23,6 +24,7 @@ from vmferry.model.views import VmView
 from vmferry.model.vm import RunState
 
 PROBES_PER_S = 500
+_PROMPT_MS = 100.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +52,20 @@ class Crossing:
         return self.health.guest_drops - self.before.udp["buffer_drops"]
 
     @property
+    def lost_requests(self) -> int:
+        """Probes that never arrived in the guest (by its own count), and that it did not drop itself."""
+        arrived = self.health.status.udp["received"] - self.before.udp["received"]
+        return max(0, int(self.udp["sent"]) - arrived - self.guest_drops)
+
+    @property
+    def lost_replies(self) -> int:
+        """Probes that the guest answered and whose answer the client never got."""
+        return max(0, int(self.udp["lost"]) - self.lost_requests - self.guest_drops)
+
+    @property
     def lost_on_the_way(self) -> int:
-        """Requests and replies that neither side got, less those that the guest's full socket buffer dropped."""
-        return max(0, int(self.udp["lost"]) - self.guest_drops)
+        """Both together: the network's losses."""
+        return self.lost_requests + self.lost_replies
 
 
 class Watch:
@@ -77,6 +90,7 @@ class Watch:
 
     def finish(self, view: MigrationView) -> Crossing:
         """After the migration's end: everything measured. Raises Failed `not-completed` and what asking raises."""
+        self._await_caught_up()
         udp = self._probe.stop()
         if view.outcome is not Outcome.COMPLETED:
             why = view.reason.message if view.reason else "no reason given"
@@ -86,6 +100,15 @@ class Watch:
         health = observe_health(self._guest, self.before)
         owner = find_owner(self._layout, self._vm.name)
         return Crossing(receipt, signature[0], owner, udp, self.before, health)
+
+    def _await_caught_up(self, within_s: float = 10.0) -> None:
+        """Returns once the guest answers without delay: what it has not answered yet is not lost."""
+        deadline = time.monotonic() + within_s
+        while time.monotonic() < deadline:
+            now = self._probe.progress()
+            if now.get("rtt_ms") is not None and now["rtt_ms"] < _PROMPT_MS and now["silent_ms"] < _PROMPT_MS:
+                return
+            time.sleep(0.1)
 
 
 def start_stream(layout: LabLayout, vm: TrialVm, bytes_per_s: int) -> RunningProbe:
@@ -159,7 +182,9 @@ def _judge_udp(crossing: Crossing) -> list[str]:
     if not udp["received"]:
         wrong.append("the client got no answer to any UDP probe")
     if crossing.lost_on_the_way:
-        told = f"{udp['lost_requests']} requests, {udp['lost_replies']} replies, {crossing.guest_drops} in the guest"
+        told = (
+            f"{crossing.lost_requests} requests, {crossing.lost_replies} replies; {crossing.guest_drops} in the guest"
+        )
         at = ", ".join(f"{run['count']} at {run['at']}" for run in udp["lost_runs"][:3])
         wrong.append(f"{crossing.lost_on_the_way} UDP probes were lost on the way ({told}; {at})")
     if udp["duplicates"]:
