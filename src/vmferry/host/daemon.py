@@ -101,12 +101,15 @@ class Daemon:
         # Twins of rehearsals that were cut short; they were never anything.
         await end_processes_of(str(self.config.run_dir / "twins"))
         await self.vms.load(outgoing)
+        # First of all the guests that are ours get their frames again; only a VM that was handed over is still held.
+        handed = [r.id for r in open_records if r.state in (RecordState.HANDED_OVER, RecordState.TAKEN)]
+        await remove_gate_leftovers(self.parts, handed)
+        for vm in self.vms.all():
+            await self.vms.plug_ports(vm)
         for record in open_records:
             log.event("migration-left-open", id=record.id, role=record.role, state=record.state)
             await self._resume(record)
-        alive = [record.id for record in open_records if record.state is not RecordState.ENDED]
-        if not alive:
-            await remove_gate_leftovers(self.parts, ())
+        await self.migrations.sweep_gates()
 
     async def _resume(self, record: MigrationRecord) -> None:
         if record.role is Role.SOURCE:

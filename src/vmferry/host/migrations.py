@@ -19,6 +19,7 @@ from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.outcome import finish_source
 from vmferry.host.peers import Peers
 from vmferry.host.vms import Vm, Vms
+from vmferry.migration.gates import remove_gate_leftovers
 from vmferry.migration.handoff import Act
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
@@ -354,8 +355,22 @@ class Migrations:
             await self._resume_known(outgoing, record)
         except VmferryError as error:
             await self._fail(outgoing, record, Outcome.FAILED, Reason(error.code, error.message, error.fix))
+        except Exception as error:  # noqa: BLE001 - the end of a task: a bug must show in the migration, not vanish
+            log.defect("recovery-defect", error, id=record.id)
+            reason = Reason("internal", f"vmferryd failed at this ({type(error).__name__}: {error}).", "See its log.")
+            await self._fail(outgoing, record, Outcome.FAILED, reason)
         finally:
             self._outgoing.pop(record.id, None)
+        try:
+            await self.sweep_gates()
+            await self._vms.plug_ports(outgoing.vm)
+        except VmferryError as error:
+            log.alarm("gates-not-swept", id=record.id, problem=error.message)
+
+    async def sweep_gates(self) -> None:
+        """Removes the gates that migrations of an earlier life of the daemon have left, now that they have ended."""
+        unfinished = [r.id for r in await self._journal.list_migrations() if r.state is not RecordState.ENDED]
+        await remove_gate_leftovers(self._parts, unfinished)
 
     async def _connect_if_there(self, peer: str) -> PeerLink:
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from vmferry.host import log
@@ -21,6 +21,7 @@ from vmferry.migration.host_parts import HostParts
 from vmferry.model.errors import Conflict, Failed, NotFound, VmferryError
 from vmferry.model.views import VmView
 from vmferry.model.vm import RunState, VmSpec
+from vmferry.network.ports import plug
 from vmferry.qemu.process import ProcessIdentity
 
 _POWERDOWN_AGAIN_S = 3.0
@@ -294,6 +295,17 @@ class Vms:
         """Ends the hold and looks at the guest anew."""
         vm.claimed_by = ""
         await self.refresh(vm)
+
+    async def plug_ports(self, vm: Vm) -> None:
+        """A running guest that is ours takes part in its switches, whatever a migration cut short has left there."""
+        if vm.guest is None or not vm.owned:
+            return
+        for nic, port in zip(vm.spec.nics, vm.guest.ports, strict=True):
+            switch = self._parts.switches.get(nic.switch)
+            if switch is None:
+                log.alarm("switch-missing", vm=vm.spec.name, switch=nic.switch)
+                continue
+            await plug(self._parts.netlink, replace(port, switch=switch.device))
 
     def give_away(self, vm: Vm) -> None:
         """The VM belongs to another host now: forgotten here. Its guest is the caller's to end."""

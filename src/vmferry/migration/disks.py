@@ -228,6 +228,7 @@ class SourceDisks:
             await ready
         finally:
             ready.cancel()
+            await asyncio.gather(ready, return_exceptions=True)  # or asyncio complains that nobody looked at it
         await make_write_blocking(monitor, self._mirrors, stall_s)
         report(_progress(await observe_mirrors(monitor), rate))
 
