@@ -14,10 +14,10 @@ from types import FrameType
 
 from bench.bare import Bare
 from bench.libvirtd import Libvirtd
-from bench.measure import measure
+from bench.measure import Conditions, measure
 from bench.ours import Ours
 from bench.plan import BARE, BARE_TUNED, LINK_BPS, LOADS, OURS, TOOLS, VIRSH, VIRSH_TUNED, Contender, Measured
-from bench.quiet import wait_for_low_load
+from bench.quiet import CpuAccount, wait_for_low_load
 from bench.report import document, print_report
 from bench.stage import Stage, open_stage
 from bench.steps import print_steps
@@ -36,8 +36,13 @@ def main() -> int:
     try:
         load = wait_for_low_load(options.patience)
         _say(f"load average {load:.2f}; making the hosts")
-        with open_stage(options.prefix, options.link) as stage, _contenders(stage, options) as contenders:
-            _run_all(stage, contenders, options, rows)
+        with (
+            CpuAccount(options.prefix) as account,
+            open_stage(options.prefix, options.link) as stage,
+            _contenders(stage, options) as contenders,
+        ):
+            conditions = Conditions(account, options.patience, options.repeats)
+            _run_all(stage, contenders, conditions, options, rows)
     except KeyboardInterrupt:
         _say("interrupted; everything is removed")
         status = 130
@@ -62,13 +67,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--link", type=parse_rate_bps, default=LINK_BPS, help="the hosts' migration links (1gbit)")
     parser.add_argument("--patience", type=float, metavar="SECONDS", default=300, help="wait this long for quiet (300)")
+    parser.add_argument("--repeats", type=int, default=2, help="of a run that other work disturbed (2)")
     parser.add_argument("--option", action="append", default=[], help="for vmferry vm migrate: --option=--verify=none")
     parser.add_argument("--prefix", default="vfbench", help="of namespaces and directories (vfbench)")
     options = parser.parse_args()
     if options.steps:
         options.only = [OURS]
     if options.quick:
-        options.runs, options.patience = 1, 0
+        options.runs, options.patience, options.repeats = 1, 0, 0
     return options
 
 
@@ -99,13 +105,19 @@ def _contenders(stage: Stage, options: argparse.Namespace) -> Iterator[dict[str,
         yield found
 
 
-def _run_all(stage: Stage, contenders: dict[str, Contender], options: argparse.Namespace, rows: list[Measured]) -> None:
+def _run_all(
+    stage: Stage,
+    contenders: dict[str, Contender],
+    conditions: Conditions,
+    options: argparse.Namespace,
+    rows: list[Measured],
+) -> None:
     """Tools in turn, so that what changes on the machine meets all of them alike."""
     loads: Sequence[str] = [name for name in LOADS if not options.load or name in options.load]
     for run in range(1, options.runs + 1):
         for load in loads:
             for tool, contender in contenders.items():
-                row = measure(stage, tool, contender, LOADS[load], run, options.patience)
+                row = measure(stage, conditions, contender, Measured(tool, load, run))
                 rows.append(row)
                 _say(_short(row))
 
@@ -116,7 +128,7 @@ def _short(row: Measured) -> str:
         return f"{head} {row.fault}"
     return (
         f"{head} blackout {row.blackout_ms:6.1f}  gap {row.gap_ms:6.1f}  lost {row.lost:3}  "
-        f"total {row.total_ms / 1000:5.1f} s  others {row.busy_before:.0%}/{row.busy_after:.0%} {row.fault}"
+        f"total {row.total_ms / 1000:5.1f} s  others {row.others or 0:.0%}  {row.fault}"
     )
 
 

@@ -98,8 +98,8 @@ class Measured:
     """One run. Times in milliseconds; None where it was not seen (then `fault` says why).
 
     `blackout_ms`: the source's STOP to the target's RESUME, from the events' own timestamps. `gap_ms`: the client's
-    longest gap. `switch_gap_ms`: its longest gap that overlaps the blackout. `busy_before`, `busy_after`: which part of
-    the machine's CPUs others used around the run.
+    longest gap. `switch_gap_ms`: its longest gap that overlaps the blackout. `lost_at_switch`: probes lost that were
+    sent in or close to the blackout. `others`: which part of the processors' time others used during the migration.
     """
 
     tool: str
@@ -110,13 +110,13 @@ class Measured:
     gap_ms: float | None = None
     switch_gap_ms: float | None = None
     lost: int | None = None
+    lost_at_switch: int | None = None
     total_ms: float | None = None
     wire_bytes: int | None = None
     back_bytes: int | None = None
     pauses_ms: tuple[float, ...] = ()
     load_average: float = 0.0
-    busy_before: float = 0.0
-    busy_after: float = 0.0
+    others: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
     @property

@@ -1,36 +1,102 @@
-"""Is anybody else using this machine's processors? Figures of a busy machine say little."""
+"""Is anybody else using this machine's processors? Figures of a busy machine say little.
+
+`CpuAccount` puts this process, and with it everything that it starts, into a control group of its own, so that the
+others' share can be told even while we keep the machine busy ourselves.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 QUIET_LOAD = 1.5
 QUIET_SHARE = 0.15
 _STEP_S = 1.0
+_MOUNTS = Path("/proc/self/mountinfo")
 
 
-def busy_share(over_s: float = _STEP_S) -> float:
-    """Which part of all processors' time was used, 0 to 1."""
-    before = _ticks()
-    time.sleep(over_s)
-    after = _ticks()
-    total = sum(after) - sum(before)
-    idle = after[3] + after[4] - before[3] - before[4]  # idle, iowait: proc_stat(5)
-    return 1 - idle / total if total else 0.0
+@dataclass(frozen=True, slots=True)
+class CpuMark:
+    """Microseconds of processor time, all processors together: passed, used by anybody, used by us."""
+
+    passed: float
+    used: float
+    own: float
+
+
+class CpuAccount:
+    """Use it in `with`, before anything is started. Without control groups (v2) the others' share stays unknown."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._group: Path | None = None
+        self._former: Path | None = None
+
+    def __enter__(self) -> CpuAccount:
+        root = _unified_root()
+        if root is not None:
+            with contextlib.suppress(OSError):
+                own = next(line for line in Path("/proc/self/cgroup").read_text().splitlines() if line[:3] == "0::")
+                self._former = root / own[3:].lstrip("/")
+                group = root / self._name
+                group.mkdir(exist_ok=True)
+                (group / "cgroup.procs").write_text(str(os.getpid()))
+                self._group = group
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._group is None or self._former is None:
+            return
+        with contextlib.suppress(OSError):  # a leftover group is empty and does nothing
+            (self._former / "cgroup.procs").write_text(str(os.getpid()))
+            self._group.rmdir()
+
+    def mark(self) -> CpuMark:
+        """The account as it stands now."""
+        ticks = _ticks()
+        us = 1e6 / os.sysconf("SC_CLK_TCK")
+        return CpuMark(sum(ticks) * us, (sum(ticks) - ticks[3] - ticks[4]) * us, self._own_us())
+
+    def others_share(self, since: CpuMark) -> float | None:
+        """Which part of all processors' time others used since the mark, 0 to 1; None if it cannot be told."""
+        if self._group is None:
+            return None
+        now = self.mark()
+        others = (now.used - since.used) - (now.own - since.own)
+        return max(0.0, others / max(1.0, now.passed - since.passed))
+
+    def wait_until_quiet(self, limit_s: float) -> None:
+        """Waits while others use more than QUIET_SHARE, at most `limit_s`."""
+        deadline = time.monotonic() + limit_s
+        while time.monotonic() < deadline:
+            mark = self.mark()
+            time.sleep(_STEP_S)
+            share = self.others_share(mark)
+            if share is None or share <= QUIET_SHARE:
+                return
+
+    def _own_us(self) -> float:
+        if self._group is None:
+            return 0.0
+        words = (self._group / "cpu.stat").read_text().split()
+        return float(words[words.index("usage_usec") + 1])
+
+
+def _unified_root() -> Path | None:
+    """Where the second version of control groups is mounted, alone or beside the first."""
+    for line in _MOUNTS.read_text().splitlines():
+        words = line.split()
+        if words[words.index("-") + 1] == "cgroup2":
+            return Path(words[4])
+    return None
 
 
 def _ticks() -> list[int]:
+    """user nice system idle iowait irq softirq steal, proc_stat(5)."""
     return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-
-
-def wait_until_quiet(limit_s: float) -> float:
-    """Waits while more than QUIET_SHARE is used, at most `limit_s`; gives the last share."""
-    deadline = time.monotonic() + limit_s
-    while (share := busy_share()) > QUIET_SHARE and time.monotonic() < deadline:
-        pass
-    return share
 
 
 def wait_for_low_load(limit_s: float) -> float:

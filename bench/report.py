@@ -22,6 +22,7 @@ from bench.plan import (
     VIRSH_TUNED,
     Measured,
 )
+from bench.quiet import QUIET_SHARE
 from bench.targets import Verdict, judge, median_of, rows_of
 
 _COLUMNS = ("tool", "blackout", "gap", "beyond", "lost", "total", "sent", "back", "runs")
@@ -82,6 +83,7 @@ _VALUES: dict[str, Callable[[Measured], float | None]] = {
     "gap_ms": lambda row: row.gap_ms,
     "beyond_ms": lambda row: row.beyond_ms,
     "lost": lambda row: row.lost,
+    "lost_at_switch": lambda row: row.lost_at_switch,
     "total_ms": lambda row: row.total_ms,
     "wire_bytes": lambda row: row.wire_bytes,
     "back_bytes": lambda row: row.back_bytes,
@@ -123,12 +125,13 @@ def _print_faults(rows: Sequence[Measured]) -> None:
     for row in rows:
         if row.fault:
             print(f"\n{row.tool}, {row.load}, run {row.run}: {row.fault}")
-    busy = [max(row.busy_before, row.busy_after) for row in rows]
+    busy = [row.others for row in rows if row.others is not None]
     if busy:
+        disturbed = sum(share > QUIET_SHARE for share in busy)
         print(
-            f"\nOther work on this machine's processors around the runs: at most {max(busy):.0%}, "
-            f"{sum(share > 0.25 for share in busy)} of {len(busy)} runs above 25 %. "
-            f"Load average before the first run: {rows[0].load_average}."
+            f"\nOther work on this machine's processors during the migrations: at most {max(busy):.0%}; "
+            f"{disturbed} of {len(busy)} runs with more than {QUIET_SHARE:.0%}. "
+            f"Load average before the first: {rows[0].load_average}."
         )
 
 
