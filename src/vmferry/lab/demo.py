@@ -178,7 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         say()
-        say("Interrupted. Nothing is left of the demo.")
+        say("Interrupted: the lab was taken down with all that was in it. Nothing is left of the demo.")
         return 130
 
 

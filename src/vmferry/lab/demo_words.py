@@ -23,46 +23,47 @@ def summary(crossings: Sequence[Crossing], stream: dict[str, Any]) -> tuple[list
     receipts = [crossing.receipt for crossing in crossings]
     columns = ["", *(f"{receipt.source} -> {receipt.target}" for receipt in receipts)]
     rows = [
-        ["pause (source's stop to target's start)", *(format_ms(receipt.blackout_ms) for receipt in receipts)],
+        ["pause", *(format_ms(receipt.blackout_ms) for receipt in receipts)],
         ["total", *(format_ms(receipt.total_ms) for receipt in receipts)],
-        ["sent", *(_sent(receipt) for receipt in receipts)],
-        ["frames at the VM's ports", *(f"{r.frames.held} held, {r.frames.lost} lost" for r in receipts)],
-        ["digests, source and target", *(_digests(receipt) for receipt in receipts)],
-        ["hosts' switches connected", *(_proof(receipt) for receipt in receipts)],
-        ["client: longest gap in UDP replies", *(format_ms(c.udp["longest_gap_ms"] or 0) for c in crossings)],
+        ["sent: memory", *(format_size(receipt.bytes.memory) for receipt in receipts)],
+        ["sent: disk", *(format_size(receipt.bytes.disks) for receipt in receipts)],
+        ["frames at the VM's port", *(f"{r.frames.held} held, {r.frames.lost} lost" for r in receipts)],
+        ["digests on both hosts", *(_digests(receipt) for receipt in receipts)],
+        ["network proof", *(_proof(receipt) for receipt in receipts)],
+        ["client: longest UDP gap", *(format_ms(c.udp["longest_gap_ms"] or 0) for c in crossings)],
         ["client: UDP probes", *(_probes(crossing) for crossing in crossings)],
-        ["client: longest silence of the TCP stream", *(_stall(stream, receipt) for receipt in receipts)],
-        ["guest: memory pages checked", *(_checked(crossing.health.memory) for crossing in crossings)],
-        ["guest: disk records and data checked", *(_checked(crossing.health.disk) for crossing in crossings)],
+        ["client: longest TCP stall", *(_stall(stream, receipt) for receipt in receipts)],
+        ["guest: memory pages", *(_checked(crossing.health.memory) for crossing in crossings)],
+        ["guest: disk records", *(_checked(crossing.health.disk) for crossing in crossings)],
         ["guest: boot id", *(_boot(crossing) for crossing in crossings)],
     ]
     return columns, rows
 
 
-def _sent(receipt: Receipt) -> str:
-    return f"memory {format_size(receipt.bytes.memory)}, disk {format_size(receipt.bytes.disks)}"
-
-
 def _digests(receipt: Receipt) -> str:
-    parts = [f"{disk.name} {_equal(disk.equal)}" for disk in receipt.verified.disks]
+    found = [(disk.name, disk.equal) for disk in receipt.verified.disks]
     if receipt.verified.memory is not None:
-        parts.append(f"memory {_equal(receipt.verified.memory.equal)}")
-    return ", ".join(parts) or "none compared"
-
-
-def _equal(equal: bool) -> str:
-    return "equal" if equal else "DIFFERENT"
+        found.append(("memory", receipt.verified.memory.equal))
+    different = [name for name, equal in found if not equal]
+    if different:
+        return f"DIFFERENT: {', '.join(different)}"
+    return f"equal: {', '.join(name for name, _ in found)}" if found else "none compared"
 
 
 def _proof(receipt: Receipt) -> str:
-    words = {True: "seen", False: "not seen", None: "not looked at"}
-    network = receipt.network
-    return f"before {words[network.reachable_before]}, after {words[network.reachable_after]}"
+    before, after = receipt.network.reachable_before, receipt.network.reachable_after
+    if before and after:
+        return "before and after"
+    return f"before: {_yes(before)}, after: {_yes(after)}"
+
+
+def _yes(seen: bool | None) -> str:
+    return "not looked at" if seen is None else "yes" if seen else "NO"
 
 
 def _probes(crossing: Crossing) -> str:
     drops = crossing.guest_drops
-    there = f" (and {drops} in the guest's own full buffer)" if drops else ""
+    there = f", {drops} in the guest's full buffer" if drops else ""
     return f"{crossing.udp['sent']} sent, {crossing.lost_on_the_way} lost{there}"
 
 
@@ -74,7 +75,7 @@ def _stall(stream: dict[str, Any], receipt: Receipt) -> str:
 
 
 def _checked(result: Any) -> str:
-    return "none" if result is None else f"{result.checked}, {result.errors} wrong"
+    return "none" if result is None else f"{result.checked} checked, {result.errors} wrong"
 
 
 def _boot(crossing: Crossing) -> str:

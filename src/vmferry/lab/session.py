@@ -6,6 +6,7 @@ lab is taken down.
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import tempfile
@@ -17,7 +18,7 @@ from types import FrameType
 
 from vmferry.lab.layout import LabLayout
 from vmferry.lab.namespaces import lab_down, lab_status, lab_up
-from vmferry.model.errors import Conflict, NotFound
+from vmferry.model.errors import Conflict, Failed, NotFound
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -36,7 +37,7 @@ def own_lab(prefix: str, accel: str = "auto") -> Iterator[OwnLab]:
     require_no_lab(prefix)
     for number in _ENDING:
         signal.signal(number, _interrupt)
-    own = OwnLab(lab_up(3, prefix=prefix, accel=accel).layout)
+    own = OwnLab(_lab_up(prefix, accel))
     try:
         yield own
     except KeyboardInterrupt:
@@ -47,8 +48,18 @@ def own_lab(prefix: str, accel: str = "auto") -> Iterator[OwnLab]:
             _take_down(prefix)
 
 
+def _lab_up(prefix: str, accel: str) -> LabLayout:
+    try:
+        return lab_up(3, prefix=prefix, accel=accel).layout
+    except KeyboardInterrupt:  # it has cleaned up, and keeps logs of what it takes for a failure
+        shutil.rmtree(LabLayout(prefix).kept_logs, ignore_errors=True)
+        raise
+
+
 def require_no_lab(prefix: str) -> None:
-    """Raises Conflict `lab-is-up`: a lab that somebody else uses is left alone."""
+    """Raises Conflict `lab-is-up`: a lab that somebody else uses is left alone. Raises Failed `not-root`."""
+    if os.geteuid() != 0:
+        raise Failed("not-root", "This makes network namespaces, and that needs root.", "Run it with sudo.")
     try:
         lab_status(prefix)
     except NotFound:
