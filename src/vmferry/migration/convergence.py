@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import isfinite
 
 # A next pass that takes no longer than this is as good as it gets: waiting longer brings less than it costs.
 _GOOD_ENOUGH_MS = 12.0
 # Passes still shrink while the best of the last three is this much better than the best before.
 _WORTHWHILE = 0.85
+# The best of so many passes is the moment to wait for: one that was better long ago may never come again.
+_REMEMBERED = 8
 _THROTTLE_STEP_PERCENT = 20
 # What a guest that seems to do nothing is reckoned to write: its kernel's timers and queues.
 _LEAST_DIRTY_RATE = 1 << 20
@@ -93,38 +96,62 @@ def decide(passes: tuple[PassStart, ...], goal: Goal, now_ms: float) -> Advice:
 
     Waits for a good moment as long as passes shrink; switches at a local minimum within the goal when they no longer
     do; then throttles within the accepted slow-down, then post-copy if allowed, else gives up with the numbers.
+    Past the deadline it switches if the goal is met, and neither waits nor throttles.
     """
+    last, first = passes[-1], len(passes) < 2
     following_ms = next_pass_ms(passes, goal)
-    blackout_ms = following_ms + goal.fixed_blackout_ms
-    if following_ms <= min(_GOOD_ENOUGH_MS, max(1, goal.max_blackout_ms)):
+    if _is_good_enough(following_ms, None if first else last.send_ms, goal):
+        blackout_ms = following_ms + goal.fixed_blackout_ms
         return Advice(Step.SWITCH, f"about {blackout_ms:.0f} ms of blackout is as good as it gets")
-    if len(passes) < 2:
+    expected_ms = goal.fixed_blackout_ms + (following_ms if first else max(last.send_ms, following_ms))
+    if 0 < goal.deadline_ms <= now_ms - passes[0].at_ms:
+        if expected_ms <= goal.max_blackout_ms:
+            return Advice(Step.SWITCH, f"the deadline has passed, and {expected_ms:.0f} ms is within the goal")
+        return _press(last, goal, expected_ms, late=True)
+    if first:
         return Advice(Step.GO_ON, "the first pass is under way")
-    late = 0 < goal.deadline_ms <= now_ms - passes[0].at_ms
-    if not late and _still_shrinking(passes):
+    if _still_shrinking(passes):
         return Advice(Step.GO_ON, "each pass is smaller than the one before")
-    last = passes[-1]
-    best_ms = min(start.send_ms for start in passes[1:] if start.throttle_percent == last.throttle_percent)
-    if last.send_ms + goal.fixed_blackout_ms <= goal.max_blackout_ms and (late or last.send_ms <= best_ms * 1.1):
-        return Advice(Step.SWITCH, f"passes no longer shrink, and {blackout_ms:.0f} ms is within the goal")
-    if not late and best_ms + goal.fixed_blackout_ms <= goal.max_blackout_ms:
+    best_ms = min(_like_the_last(passes)[-_REMEMBERED:])
+    if expected_ms <= goal.max_blackout_ms and last.send_ms <= best_ms * 1.1:
+        return Advice(Step.SWITCH, f"passes no longer shrink, and {expected_ms:.0f} ms is within the goal")
+    if best_ms + goal.fixed_blackout_ms <= goal.max_blackout_ms:
         return Advice(Step.GO_ON, "waiting for a moment as good as the best one seen")
-    return _press(last, goal, best_ms, late)
+    return _press(last, goal, best_ms + goal.fixed_blackout_ms, late=False)
+
+
+def _is_good_enough(following_ms: float, send_ms: float | None, goal: Goal) -> bool:
+    """Whether the next pass is as short as it gets, and within the goal (next to nothing where that leaves nothing).
+
+    The present pass must be short itself: what was written in a long one says little of a short one, because a guest
+    that writes few pages over and over has dirtied all of them again in a fraction of the time.
+    """
+    left_ms = max(1.0, goal.max_blackout_ms - goal.fixed_blackout_ms)
+    if send_ms is not None and send_ms > min(2 * _GOOD_ENOUGH_MS, left_ms):
+        return False
+    return following_ms <= min(_GOOD_ENOUGH_MS, left_ms)
+
+
+def _like_the_last(passes: tuple[PassStart, ...]) -> list[float]:
+    """How long the passes with the present throttle take; the first one, which carries everything, left out."""
+    return [start.send_ms for start in passes[1:] if start.throttle_percent == passes[-1].throttle_percent]
 
 
 def _still_shrinking(passes: tuple[PassStart, ...]) -> bool:
-    """Whether waiting still pays: judged over passes of the same throttle, the first (full) one left out."""
-    same = [p.send_ms for p in passes[1:] if p.throttle_percent == passes[-1].throttle_percent]
+    """Whether waiting still pays."""
+    same = _like_the_last(passes)
     if len(same) < 4:
         return True
     return min(same[-3:]) < _WORTHWHILE * min(same[:-3])
 
 
-def _press(last: PassStart, goal: Goal, best_ms: float, late: bool) -> Advice:
-    needs = (
-        f"the guest dirties memory so fast that the blackout would be {best_ms + goal.fixed_blackout_ms:.0f} ms, "
-        f"the goal is {goal.max_blackout_ms} ms"
-    )
+def _press(last: PassStart, goal: Goal, expected_ms: float, late: bool) -> Advice:
+    needs = "nothing gets through"
+    if isfinite(expected_ms):
+        needs = (
+            f"the guest dirties memory so fast that the blackout would be {expected_ms:.0f} ms, "
+            f"the goal is {goal.max_blackout_ms} ms"
+        )
     throttle = min(last.throttle_percent + _THROTTLE_STEP_PERCENT, goal.max_slowdown_percent)
     if not late and throttle > last.throttle_percent:
         return Advice(Step.THROTTLE, f"{needs}; slowing it by {throttle}%", throttle)
