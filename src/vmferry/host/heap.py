@@ -10,14 +10,17 @@ import ctypes
 import gc
 
 _M_ARENA_MAX = -8
+_M_MMAP_THRESHOLD = -3
 _MOST_ARENAS = 2
+_MAPPED_FROM_BYTES = 256 << 10
 
 
 def keep_heap_small() -> None:
-    """At the start: few arenas, so that freed memory can go back."""
+    """At the start: few arenas, and large blocks always mapped on their own, so that freed memory can go back."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(_M_ARENA_MAX, _MOST_ARENAS)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAPPED_FROM_BYTES)
 
 
 def give_memory_back() -> None:
