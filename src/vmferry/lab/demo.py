@@ -20,7 +20,7 @@ from vmferry.lab.guest_client import GuestClient
 from vmferry.lab.layout import DEFAULT_PREFIX, LabLayout
 from vmferry.lab.namespaces import lab_status
 from vmferry.lab.probes.launch import RunningProbe
-from vmferry.lab.session import keep_logs, own_lab, require_no_lab
+from vmferry.lab.session import keep_logs, own_lab, require_no_lab, turn_signals_into_interrupts
 from vmferry.lab.telling import Steps, complain, say, table
 from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, find_owner, wait_until_filled
 from vmferry.model.errors import Failed, VmferryError
@@ -168,6 +168,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is as claimed; 1: something is not, or it failed; 130: interrupted."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    turn_signals_into_interrupts()
     for line in INTRODUCTION:
         say(line)
     try:

@@ -35,8 +35,6 @@ class OwnLab:
 def own_lab(prefix: str, accel: str = "auto") -> Iterator[OwnLab]:
     """A lab of three hosts. Raises Conflict `lab-is-up`, Failed."""
     require_no_lab(prefix)
-    for number in _ENDING:
-        signal.signal(number, _interrupt)
     own = OwnLab(_lab_up(prefix, accel))
     try:
         yield own
@@ -79,6 +77,12 @@ def keep_logs(layout: LabLayout) -> Path:
         if host.log.exists():
             shutil.copyfile(host.log, place / f"{host.name}.log")
     return place
+
+
+def turn_signals_into_interrupts() -> None:
+    """To be called first: until then a TERM or HUP ends the program without clean-up."""
+    for number in _ENDING:
+        signal.signal(number, _interrupt)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ from vmferry.lab.layout import LabLayout
 from vmferry.lab.leftovers import wait_until_clean
 from vmferry.lab.namespaces import lab_status
 from vmferry.lab.probes.launch import RunningProbe
-from vmferry.lab.session import keep_logs, own_lab
+from vmferry.lab.session import keep_logs, own_lab, turn_signals_into_interrupts
 from vmferry.lab.soak_plan import HOSTS, Trip, plan_trips
 from vmferry.lab.telling import complain, say, table
 from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, host_client, wait_until_filled
@@ -194,6 +194,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0: all is as it must be; 1: not; 130: interrupted."""
     options = _parse(sys.argv[1:] if arguments is None else arguments)
+    turn_signals_into_interrupts()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
     say(f"soak: {options.count} migrations of a loaded VM, seed {seed}")
     try:
