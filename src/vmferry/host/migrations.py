@@ -261,6 +261,10 @@ class Migrations:
         """The guest is here; the record is closed and the VM let go."""
         engine = outgoing.engine
         record = engine.record if engine else record
+        if engine is not None and engine.problems:
+            log.alarm("not-all-undone", id=record.id, problems=engine.problems)
+            left = f"{reason.message} Not everything could be tidied up: {'; '.join(engine.problems)}"
+            reason = Reason(reason.code, left, reason.fix)
         try:
             if record.state is RecordState.ACTIVE:
                 await self._journal.move(record, RecordState.ENDED)

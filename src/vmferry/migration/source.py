@@ -47,6 +47,7 @@ from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, s
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
+_FRAMES_PATIENCE_S = 0.7
 T = TypeVar("T")
 
 
@@ -86,6 +87,7 @@ class SourceMigration:
     expected_dirty_rate: int = 0  # bytes a second, from the check
     measured: Measured = field(default_factory=Measured)
     progress: Progress = field(default_factory=Progress)
+    problems: list[str] = field(default_factory=list)  # what could not be undone
     _gates: SourceGates | None = None
     _disks: SourceDisks | None = None
     _memory: MemoryCopy | None = None
@@ -326,28 +328,59 @@ class SourceMigration:
     async def _undo(self) -> None:
         """The guest runs here as before the migration, and nothing of it is left here. Accepts any half-done state.
 
-        The guest comes first; what the target has to remove it removes when it is told, or notices by itself.
+        The guest comes first, then its frames; what the target has to remove it removes when it is told, or notices by
+        itself. A step that fails does not keep the others from being done: what could not be undone is in `problems`.
         """
         if self.measured.switchover is not None:
             self.measured.switchover.disarm()
-        if self.guest.process.running:
-            if self._disks is not None:
-                await self._disks.cut()
-            await self._stop_stream()
-            await self._let_run()
-            if self._disks is not None:
-                await self._disks.cancel()
-            else:
-                await clear_source_disks(self.guest)
-        told = asyncio.ensure_future(self._return_frames_and_abort())
-        await told
+        here = self.guest.process.running
+        steps = (self._run_again, self._reopen_gates, self._clear_disks) if here else (self._reopen_gates,)
+        for step in (*steps, self._tell_target, self._release_gates, self._release_rest):
+            try:
+                await step()
+            except VmferryError as error:
+                self.problems.append(error.message)
+
+    async def _run_again(self) -> None:
+        if self._disks is not None:
+            await self._disks.cut()
+        await self._stop_stream()
+        if self.was_running and (await self.guest.monitor.execute("query-status"))["status"] != "running":
+            await self.guest.monitor.execute("cont")
+
+    async def _reopen_gates(self) -> None:
+        """The guest's frames come to it again, first those that the target held."""
+        gates = self._gates
+        if gates is None or not gates.closed:
+            return
+        returned: int | None = None
+        try:
+            gates.reclaim()
+            returned = (await self.link.call(ReturnFrames(self.record.id), FramesReturned, _FRAMES_PATIENCE_S)).frames
+        except VmferryError:
+            returned = None  # a target that is gone has taken them with it
+        await gates.reopen(returned)
+
+    async def _clear_disks(self) -> None:
+        if self._disks is not None:
+            await self._disks.cancel()
+        else:
+            await clear_source_disks(self.guest)
+
+    async def _tell_target(self) -> None:
+        with contextlib.suppress(VmferryError):  # a target that does not hear it asks us, and finds out
+            await self.link.call(Abort(self.record.id, "the migration failed"), Done, self.parts.limits.request_s)
+
+    async def _release_gates(self) -> None:
         if self._gates is not None:
             await self._gates.release()
-        if self.guest.process.running:
-            await remove_tls(self.guest.monitor, SOURCE_TLS)
+
+    async def _release_rest(self) -> None:
         if self._reader is not None:
             await asyncio.to_thread(self._reader.close)
             self._reader = None
+        if self.guest.process.running:
+            await remove_tls(self.guest.monitor, SOURCE_TLS)
 
     async def _stop_stream(self) -> None:
         monitor = self.guest.monitor
@@ -359,8 +392,12 @@ class SourceMigration:
             # QEMU hangs on a peer that does not read: only cutting the connection frees it (qemu-notes, 0.10).
             with contextlib.suppress(QmpRefused):  # it is over already
                 await self.guest.process.yank.yank([YANK_MIGRATION])
-            async with asyncio.timeout(self.parts.limits.request_s):
-                await self._stream_ended()
+            try:
+                async with asyncio.timeout(self.parts.limits.request_s):
+                    await self._stream_ended()
+            except TimeoutError as error:
+                message = "QEMU does not let go of the memory stream"
+                raise Failed("stream-stuck", f"{message}.", "Look at the guest's qemu.log.") from error
 
     async def _stream_ended(self) -> None:
         while True:
@@ -368,27 +405,6 @@ class SourceMigration:
             if status in ("none", "cancelled", "failed", "completed"):
                 return
             await asyncio.sleep(0.01)  # QEMU ends it in the background; it has no event for "none"
-
-    async def _let_run(self) -> None:
-        if not self.was_running:
-            return
-        status = (await self.guest.monitor.execute("query-status"))["status"]
-        if status != "running":
-            await self.guest.monitor.execute("cont")
-
-    async def _return_frames_and_abort(self) -> None:
-        returned: int | None = None
-        gates = self._gates
-        try:
-            if gates is not None and gates.closed:
-                gates.reclaim()
-                returned = (await self.link.call(ReturnFrames(self.record.id), FramesReturned, 2.0)).frames
-        except VmferryError:
-            returned = None
-        if gates is not None and gates.closed:
-            await gates.reopen(returned)
-        with contextlib.suppress(VmferryError):  # a target that does not hear it asks us, and finds out
-            await self.link.call(Abort(self.record.id, "the migration failed"), Done, self.parts.limits.request_s)
 
     # -- watching ----------------------------------------------------------------------------------------------------
 
