@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from vmferry.host import log
 from vmferry.host.heap import give_memory_back
@@ -154,15 +154,20 @@ class Incoming:
 
     # -- after a lost connection or a restart ------------------------------------------------------------------------
 
-    async def connection_lost(self, peer: str) -> None:
-        """Gives up what the source cannot finish any more; asks it where it may have handed over."""
-        for migration in list(self._migrations.values()):
+    async def connection_lost(self, peer: str, migration_ids: Iterable[str]) -> None:
+        """Gives up what the source cannot finish any more; asks it where it may have handed over.
+
+        Only the migrations of that connection: the same host may have others under way, and asks and checks besides.
+        """
+        for migration in [self._migrations[each] for each in migration_ids if each in self._migrations]:
             if migration.record.peer != peer:
                 continue
             if migration.record.state is RecordState.ACTIVE:
                 self._background(self._settle(migration))
             elif migration.record.state is RecordState.TAKEN:
                 self._background(self._finish_alone(migration))
+            else:  # its preparation was cut short, and has undone itself
+                self._background(self.refuse(migration.record.id, "the connection was lost"))
 
     async def _settle(self, migration: TargetMigration) -> None:
         record, attempt = migration.record, 0
@@ -324,6 +329,7 @@ class PeerSession:
         self._peer = peer
         self._checks = TargetChecks(incoming.parts, incoming.use)
         self._twins: dict[str, TargetTwin] = {}
+        self._prepared: set[str] = set()
         self._handlers: dict[type, Callable[..., Awaitable[object]]] = {
             m.CheckTarget: self._checks.check,
             m.ListenForProbe: self._checks.listen,
@@ -331,7 +337,7 @@ class PeerSession:
             m.MeasureLink: self._measure,
             m.Rehearse: self._rehearse,
             m.EndRehearsal: self._end_rehearsal,
-            m.Prepare: lambda r: incoming.prepare(r, peer),
+            m.Prepare: self._prepare,
             m.PutBootFile: self._put_boot_file,
             m.StartGuest: lambda r: self._migration(r).start(),
             m.DigestDisk: lambda r: self._migration(r).disks().digest(r),
@@ -372,6 +378,10 @@ class PeerSession:
             raise NotFound("no-rehearsal", "There is no such rehearsal here.", "")
         return await twin.end()
 
+    async def _prepare(self, request: m.Prepare) -> m.Prepared:
+        self._prepared.add(request.migration_id)  # before: whatever it has made must be found when the peer hangs up
+        return await self._incoming.prepare(request, self._peer)
+
     async def _put_boot_file(self, request: m.PutBootFile) -> m.Done:
         await self._migration(request).put_boot_file(request)
         return m.Done()
@@ -407,4 +417,4 @@ class PeerSession:
         await self._checks.close()
         for twin in self._twins.values():
             await twin.end()
-        await self._incoming.connection_lost(self._peer)
+        await self._incoming.connection_lost(self._peer, self._prepared)
