@@ -24,7 +24,8 @@ from vmferry.model.views import VmView
 from vmferry.model.vm import RunState
 
 PROBES_PER_S = 500
-_PROMPT_MS = 100.0
+_PROMPT_MS = 400.0  # well within the time that the probe waits for its last replies
+_CATCH_UP_S, _CATCH_UP_EASED_S = 3.0, 40.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,14 +102,26 @@ class Watch:
         owner = find_owner(self._layout, self._vm.name)
         return Crossing(receipt, signature[0], owner, udp, self.before, health)
 
-    def _await_caught_up(self, within_s: float = 10.0) -> None:
-        """Returns once the guest answers without delay: what it has not answered yet is not lost."""
+    def _await_caught_up(self) -> None:
+        """Until the guest answers promptly again: what it has not answered yet, for want of CPU, is not lost.
+
+        On a machine that is busy otherwise the guest's load is taken away meanwhile.
+        """
+        if self._answers_promptly(_CATCH_UP_S):
+            return
+        before = self.before
+        self._guest.set_load(0, 0)
+        self._answers_promptly(_CATCH_UP_EASED_S)
+        self._guest.set_load(before.memory.rate_bytes // 1_000_000, before.disk.rate)
+
+    def _answers_promptly(self, within_s: float) -> bool:
         deadline = time.monotonic() + within_s
         while time.monotonic() < deadline:
             now = self._probe.progress()
-            if now.get("rtt_ms") is not None and now["rtt_ms"] < _PROMPT_MS and now["silent_ms"] < _PROMPT_MS:
-                return
+            if now.get("rtt_ms") is not None and max(now["rtt_ms"], now["silent_ms"]) < _PROMPT_MS:
+                return True
             time.sleep(0.1)
+        return False
 
 
 def start_stream(layout: LabLayout, vm: TrialVm, bytes_per_s: int) -> RunningProbe:
