@@ -280,7 +280,10 @@ class FramesReturned:
 
 @dataclass(frozen=True, slots=True)
 class Inquire:
-    """What does your journal say? With `refuse`, an active target refuses for good first (also if it has no record)."""
+    """What does your journal say? With `refuse`, an active target refuses for good first.
+
+    Without a record it only says so: a journal that was lost may have known of a guest that still runs.
+    """
 
     migration_id: str
     vm_id: str
