@@ -17,7 +17,7 @@ from bench.libvirtd import Libvirtd
 from bench.measure import Conditions, measure
 from bench.ours import Ours
 from bench.plan import BARE, BARE_TUNED, LINK_BPS, LOADS, OURS, TOOLS, VIRSH, VIRSH_TUNED, Contender, Measured
-from bench.quiet import CpuAccount, wait_for_low_load
+from bench.quiet import CpuAccount, Patience
 from bench.report import document, print_report
 from bench.stage import Stage, open_stage
 from bench.steps import print_steps
@@ -28,20 +28,20 @@ from vmferry.model.units import parse_rate_bps
 
 def main() -> int:
     options = _parse()
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)
     rows: list[Measured] = []
     began = datetime.now(UTC).isoformat(timespec="seconds")
     status = 0
     try:
-        load = wait_for_low_load(options.patience)
-        _say(f"load average {load:.2f}; making the hosts")
+        patience = Patience(options.patience)
+        _say(f"load average {patience.wait_for_low_load():.2f}; making the hosts")
         with (
             CpuAccount(options.prefix) as account,
             open_stage(options.prefix, options.link) as stage,
             _contenders(stage, options) as contenders,
         ):
-            conditions = Conditions(account, options.patience, options.repeats)
+            conditions = Conditions(account, patience)
             _run_all(stage, contenders, conditions, options, rows)
     except KeyboardInterrupt:
         _say("interrupted; everything is removed")
@@ -66,15 +66,16 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--steps", action="store_true", help="only vmferry: the steps of its switchover")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     parser.add_argument("--link", type=parse_rate_bps, default=LINK_BPS, help="the hosts' migration links (1gbit)")
-    parser.add_argument("--patience", type=float, metavar="SECONDS", default=300, help="wait this long for quiet (300)")
-    parser.add_argument("--repeats", type=int, default=2, help="of a run that other work disturbed (2)")
+    parser.add_argument(
+        "--patience", type=float, metavar="SECONDS", default=600, help="to lose to other work on this machine (600)"
+    )
     parser.add_argument("--option", action="append", default=[], help="for vmferry vm migrate: --option=--verify=none")
     parser.add_argument("--prefix", default="vfbench", help="of namespaces and directories (vfbench)")
     options = parser.parse_args()
     if options.steps:
         options.only = [OURS]
     if options.quick:
-        options.runs, options.patience, options.repeats = 1, 0, 0
+        options.runs, options.patience = 1, 0
     return options
 
 

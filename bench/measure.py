@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any
 
 from bench.plan import ADDRESS, LOADS, UDP_PORT, Contender, Load, Measured
-from bench.quiet import QUIET_SHARE, CpuAccount
+from bench.quiet import QUIET_SHARE, CpuAccount, Patience
 from bench.stage import Stage
 from bench.watch import Pause, PauseWatch
 from vmferry.lab.guest_client import GuestStatus
@@ -19,6 +19,7 @@ from vmferry.model.errors import Failed, VmferryError
 PROBE_RATE = 1000
 _SETTLE_S = 2.0  # before: boot is over and its writes are on the disk; after: late replies and announcements
 _READY_S = 120.0
+_REPEATS = 2
 _OVERLAP_MS = 20.0
 
 
@@ -36,26 +37,27 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Conditions:
-    """`patience_s`: how long to wait for a quiet machine before a run. `repeats`: of a run that others disturbed."""
+    """What is known of the others on this machine, and how long to put up with them."""
 
     account: CpuAccount
-    patience_s: float
-    repeats: int
+    patience: Patience
 
 
 def measure(stage: Stage, conditions: Conditions, contender: Contender, blank: Measured) -> Measured:
     """Fills in the blank. Of several tries the one that others disturbed least; a failed migration is not repeated."""
-    tries: list[Measured] = []
-    while len(tries) <= conditions.repeats:
-        tries.append(_measure_once(stage, conditions, contender, blank))
-        if tries[-1].fault or (tries[-1].others or 0.0) <= QUIET_SHARE:
-            return tries[-1]
-    return min(tries, key=lambda one: one.others or 0.0)
+    best = _measure_once(stage, conditions, contender, blank)
+    for _ in range(_REPEATS):
+        if best.fault or (best.others or 0.0) <= QUIET_SHARE or not conditions.patience.left:
+            break
+        with conditions.patience.spend():
+            again = _measure_once(stage, conditions, contender, blank)
+        best = min(best, again, key=lambda one: one.others or 0.0)
+    return best
 
 
 def _measure_once(stage: Stage, conditions: Conditions, contender: Contender, blank: Measured) -> Measured:
     """Never raises for a failed migration: that is a result (`fault`). Whatever was started is cleared away."""
-    conditions.account.wait_until_quiet(conditions.patience_s)
+    conditions.patience.wait_until_quiet(conditions.account)
     load = LOADS[blank.load]
     result = replace(blank, load_average=round(os.getloadavg()[0], 2))
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,16 +69,6 @@ class CpuAccount:
         others = (now.used - since.used) - (now.own - since.own)
         return max(0.0, others / max(1.0, now.passed - since.passed))
 
-    def wait_until_quiet(self, limit_s: float) -> None:
-        """Waits while others use more than QUIET_SHARE, at most `limit_s`."""
-        deadline = time.monotonic() + limit_s
-        while time.monotonic() < deadline:
-            mark = self.mark()
-            time.sleep(_STEP_S)
-            share = self.others_share(mark)
-            if share is None or share <= QUIET_SHARE:
-                return
-
     def _own_us(self) -> float:
         if self._group is None:
             return 0.0
@@ -99,9 +90,39 @@ def _ticks() -> list[int]:
     return [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
 
 
-def wait_for_low_load(limit_s: float) -> float:
-    """Waits until the load average of the last minute is below QUIET_LOAD, at most `limit_s`; gives it."""
-    deadline = time.monotonic() + limit_s
-    while os.getloadavg()[0] >= QUIET_LOAD and time.monotonic() < deadline:
-        time.sleep(_STEP_S)
-    return os.getloadavg()[0]
+class Patience:
+    """How much time the whole bench may lose to others: waiting for them, and repeating what they disturbed."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._left_s = limit_s
+
+    @property
+    def left(self) -> bool:
+        return self._left_s > 0
+
+    @contextlib.contextmanager
+    def spend(self) -> Iterator[None]:
+        """What is done in this block is at its expense."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self._left_s -= time.monotonic() - began
+
+    def wait_for_low_load(self) -> float:
+        """Waits until the load average of the last minute is below QUIET_LOAD; gives it."""
+        while os.getloadavg()[0] >= QUIET_LOAD and self.left:
+            with self.spend():
+                time.sleep(_STEP_S)
+        return os.getloadavg()[0]
+
+    def wait_until_quiet(self, account: CpuAccount) -> None:
+        """Waits while others use more than QUIET_SHARE."""
+        while self.left:
+            mark = account.mark()
+            time.sleep(_STEP_S)
+            share = account.others_share(mark)
+            if share is None or share <= QUIET_SHARE:
+                return
+            with self.spend():
+                time.sleep(_STEP_S)

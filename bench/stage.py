@@ -98,11 +98,13 @@ def _clear(prefix: str, home: Path) -> None:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """A second Ctrl-C does not interrupt the clearing away."""
-    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    former = [signal.signal(number, signal.SIG_IGN) for number in signals]
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, former)
+        for number, handler in zip(signals, former, strict=True):
+            signal.signal(number, handler)
 
 
 def _build(layout: LabLayout, images: GuestImages, home: Path) -> Stage:
