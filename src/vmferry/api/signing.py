@@ -24,9 +24,20 @@ _ALGORITHM = ec.ECDSA(hashes.SHA256())
 
 
 def canonical(document: dict[str, Any]) -> bytes:
-    """The bytes that are signed: everything but the signature, keys sorted, no blanks."""
-    unsigned = {key: value for key, value in document.items() if key != "signature"}
+    """The bytes that are signed: everything but the signature, keys sorted, no blanks, 12.0 written as 12.
+
+    The last because 12 and 12.0 are one number in JSON: who reads and writes the document again may change that.
+    """
+    unsigned = {key: _plain(value) for key, value in document.items() if key != "signature"}
     return json.dumps(unsigned, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def sign_document(directory: Path, document: dict[str, Any]) -> str:

@@ -148,8 +148,11 @@ def _array(reader: _Reader, table: Mapping[str, Any], key: str) -> list[Any]:
 
 
 def _read_boot(reader: _Reader, value: object) -> BootDefinition:
+    before = len(reader.faults)
     table = reader.table(value, "boot", {"kernel", "initrd", "cmdline", "firmware"})
     boot = BootDefinition(**{key: reader.text(table, key, "boot", "") for key in BootDefinition.__slots__})
+    if len(reader.faults) > before:
+        return boot
     if bool(boot.kernel) == bool(boot.firmware):
         reader.faults.append("boot: give either a kernel or a firmware")
     if boot.firmware:
