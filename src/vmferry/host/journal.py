@@ -8,7 +8,9 @@ Errors: `JournalBroken` when the file is damaged or the disk refuses; then nothi
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import os
 import sqlite3
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -92,6 +94,7 @@ class Journal:
             raise
 
     def _connect(self) -> None:
+        self._hide()
         self._db = sqlite3.connect(self._path, isolation_level=None, check_same_thread=True)
         self._db.execute("PRAGMA journal_mode=WAL")
         self._db.execute("PRAGMA synchronous=FULL")
@@ -107,6 +110,18 @@ class Journal:
                 f"{self._path} has format {version}, this vmferryd knows {_FORMAT}.",
                 "Install the version of vmferry that wrote it, or a later one.",
             )
+
+    def _hide(self) -> None:
+        """Guests' processes may pass through the state directory; what is in here is none of their business.
+
+        SQLite gives the WAL and its index the mode of the file.
+        """
+        try:
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            self._path.chmod(0o600)
+        except OSError as error:
+            raise self._unwritable(error) from error
 
     def _close(self) -> None:
         if self._db is not None:
@@ -135,6 +150,9 @@ class Journal:
     def _broken(self, error: sqlite3.DatabaseError) -> JournalBroken:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
             return self._damaged(str(error))
+        return self._unwritable(error)
+
+    def _unwritable(self, error: Exception) -> JournalBroken:
         return JournalBroken(
             "journal-unwritable",
             f"The journal {self._path} failed: {error}.",
