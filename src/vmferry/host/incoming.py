@@ -181,8 +181,8 @@ class Incoming:
                     await self.refuse(record.id, decision.why)
                 return
             if decision.act is Act.TAKE:
-                await migration.take(m.Take(record.id, record.generation, run=True))
-                await self._settle_in(migration, run=True)
+                await migration.take(m.Take(record.id, record.generation, run=migration.wanted_running))
+                await self._settle_in(migration, run=migration.wanted_running)
                 return
             await asyncio.sleep(_ASK_PAUSE_S[min(attempt, len(_ASK_PAUSE_S) - 1)])
             attempt += 1

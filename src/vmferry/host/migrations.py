@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,14 @@ from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.outcome import finish_source
 from vmferry.host.peers import Peers
 from vmferry.host.vms import Vm, Vms
+from vmferry.migration.finish import put_disks_aside
 from vmferry.migration.gates import remove_gate_leftovers
-from vmferry.migration.handoff import Act
+from vmferry.migration.handoff import Act, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
 from vmferry.migration.preflight import check
 from vmferry.migration.records import MigrationRecord, RecordState
-from vmferry.migration.source import SourceEvents, SourceMigration
+from vmferry.migration.source import SourceEvents, SourceMigration, ask_target
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, Refused, VmferryError, WrongInput
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.migration import (
@@ -44,6 +45,7 @@ from vmferry.model.vm import RunState
 
 _SETTLE_PAUSE_S = (0.2, 0.5, 1, 2, 5)
 _UNKNOWN_AFTER_S = 3.0
+_CLOSE_LOOK_S = 2.0
 
 
 @dataclass(slots=True)
@@ -53,7 +55,7 @@ class Outgoing:
     vm: Vm
     task: asyncio.Task[None] | None = None
     engine: SourceMigration | None = None
-    cancelled: bool = False
+    wake: asyncio.Event = field(default_factory=asyncio.Event)  # ask the target now
 
 
 class Migrations:
@@ -176,6 +178,8 @@ class Migrations:
         try:
             await self._move(outgoing, record, options, began)
         except asyncio.CancelledError:
+            if outgoing.engine is not None and outgoing.engine.committed:
+                return  # the daemon ends while the outcome is unknown: the record says all that the next one needs
             reason = Reason("cancelled", "It was cancelled; the guest runs on here.", "")
             await asyncio.shield(self._fail(outgoing, record, Outcome.CANCELLED, reason))
         except VmferryError as error:
@@ -299,8 +303,51 @@ class Migrations:
             if time.monotonic() - since > _UNKNOWN_AFTER_S:
                 self._views.change(migration_id, outcome=Outcome.UNKNOWN, reason=_unknown(engine.record, decision.why))
                 await self._views.save(migration_id)
-            await asyncio.sleep(_SETTLE_PAUSE_S[min(attempt, len(_SETTLE_PAUSE_S) - 1)])
+            await self._pause(outgoing, attempt)
             attempt += 1
+
+    async def _pause(self, outgoing: Outgoing, attempt: int) -> None:
+        outgoing.wake.clear()
+        with contextlib.suppress(TimeoutError):
+            pause_s = _SETTLE_PAUSE_S[min(attempt, len(_SETTLE_PAUSE_S) - 1)]
+            await asyncio.wait_for(outgoing.wake.wait(), pause_s)
+
+    async def _settle_without_guest(self, outgoing: Outgoing, record: MigrationRecord) -> None:
+        """The handoff was written and the guest's process is gone here (the host went down): the target decides.
+
+        Returns when it has taken the VM; raises Failed `taken-back` when it never will: the VM is here, stopped.
+        """
+        attempt = 0
+        while True:
+            decision = decide_source(record.state, await self._ask(record, refuse=False), can_run=False)
+            if decision.act is Act.ASK_REFUSAL:
+                decision = decide_source(record.state, await self._ask(record, refuse=True), can_run=False)
+            log.event("handoff-asked", id=record.id, act=decision.act, why=decision.why)
+            if decision.act is Act.FINISH:
+                await self._finish_without_guest(outgoing.vm, record)
+                return
+            if decision.act is Act.TAKE_BACK:
+                await self._journal.move(record, RecordState.ENDED)
+                message = f"{record.peer} has refused the VM. Its guest ended here with its host; the disks are here."
+                raise Failed("taken-back", message, f"Start it: vmferry vm start {record.vm_name}.")
+            self._views.change(record.id, outcome=Outcome.UNKNOWN, reason=_unknown(record, decision.why))
+            await self._pause(outgoing, attempt)
+            attempt += 1
+
+    async def _ask(self, record: MigrationRecord, refuse: bool) -> PeerSays:
+        return await ask_target(lambda: self._connect(record.peer), record, refuse, self._parts.limits.request_s)
+
+    async def _finish_without_guest(self, vm: Vm, record: MigrationRecord) -> None:
+        if record.state is RecordState.HANDED_OVER:
+            record = await self._journal.move(record, RecordState.TAKEN)
+        self._vms.give_away(vm)
+        aside = await put_disks_aside(self._parts, record)
+        await self._journal.move(record, RecordState.ENDED)
+        kept = f"Its disks are set aside: {', '.join(aside)}." if aside else ""
+        reason = Reason(
+            "finished-after-restart", f"{record.peer} has taken the VM. {kept}", "Delete them when it runs."
+        )
+        await self._views.end(record.id, Outcome.COMPLETED, reason)
 
     # -- ending from outside -----------------------------------------------------------------------------------------
 
@@ -332,8 +379,10 @@ class Migrations:
                 "Bring the host back: the migration then settles by itself.",
             )
         outgoing = self._outgoing.get(migration_id)
-        if outgoing is not None and outgoing.engine is not None:
-            await outgoing.engine.settle()
+        if outgoing is not None:
+            outgoing.wake.set()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._views.changed(migration_id, view), self._parts.limits.request_s)
         return self._views.get(migration_id)
 
     # -- the daemon's start and end ----------------------------------------------------------------------------------
@@ -389,7 +438,7 @@ class Migrations:
         if guest is None:
             if record.state is RecordState.ACTIVE:
                 raise restarted
-            self._views.change(record.id, outcome=Outcome.UNKNOWN, reason=_unknown(record, "its guest is gone here"))
+            await self._settle_without_guest(outgoing, record)
             return
         engine = SourceMigration(
             parts=self._parts,
@@ -412,10 +461,17 @@ class Migrations:
     async def close(self) -> None:
         """The daemon ends: no new migrations; those under way are waited for."""
         self._closing = True
-        tasks = [outgoing.task for outgoing in self._outgoing.values() if outgoing.task]
-        if tasks:
+        while tasks := [outgoing.task for id_, outgoing in self._outgoing.items() if outgoing.task and self._runs(id_)]:
             log.event("waiting-for-migrations", count=len(tasks))
-            await asyncio.wait(tasks)
+            await asyncio.wait(tasks, timeout=_CLOSE_LOOK_S)
+        # What is unknown may stay so for days; it is in the journal.
+        rest = [outgoing.task for outgoing in self._outgoing.values() if outgoing.task]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+    def _runs(self, migration_id: str) -> bool:
+        return self._views.get(migration_id).outcome is Outcome.RUNNING
 
     # -- for outcome.py ----------------------------------------------------------------------------------------------
 

@@ -125,6 +125,10 @@ class Vms:
             return
         self._attach(vm, guest)
         await self.refresh(vm)
+        if vm.owned and not vm.claimed_by and vm.wanted == "running" and vm.state is RunState.PAUSED and not vm.problem:
+            # An earlier life took it back from a migration, wrote so, and ended before it let the guest run.
+            await guest.monitor.execute("cont")
+            await self.refresh(vm)
         log.event("guest-adopted", vm=row.spec.name, pid=row.pid, state=vm.state)
 
     async def close(self) -> None:

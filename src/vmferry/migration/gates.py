@@ -12,6 +12,7 @@ from vmferry.migration.host_parts import HostParts
 from vmferry.network.announce import announce_rounds
 from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpec, remove_leftovers
 from vmferry.network.ports import Port
+from vmferry.network.priming import prime_port
 
 _QUIET_S = 1.0
 _LOOK_EVERY_S = 0.2
@@ -129,11 +130,14 @@ class TargetGates:
             TargetGate(parts.netlink, port, spec, _uplinks(parts, port.switch))
             for port, spec in zip(ports, _specs(parts, migration_id, mtus, parts.address, remote), strict=True)
         ]
+        self._ports = tuple(ports)
         self._rounds: list[asyncio.Task[None]] = []
         self._held = 0
 
     async def prepare(self) -> None:
-        """Tunnel, deaf port, everything that `plug` needs."""
+        """Tunnel, deaf port, everything that `plug` needs. The guest's QEMU must have started."""
+        for port in self._ports:
+            await asyncio.to_thread(prime_port, port)
         for gate in self._gates:
             await gate.prepare()
 

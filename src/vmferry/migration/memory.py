@@ -35,6 +35,7 @@ _LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network
 _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
+_LONG_PASS_S = 1.0
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
 
@@ -96,7 +97,7 @@ class MemoryCopy:
 
     def _watch_progress(self, sample: MemorySample, stall_s: float) -> None:
         now = time.monotonic()
-        self._rate = max(self._rate, int(sample.mbps * 125_000))
+        self._watch_rate(sample)
         self._watch_pace(sample, now)
         self.sent_bytes, self.rounds = sample.transferred_bytes, max(self.rounds, sample.dirty_sync_count)
         if sample.transferred_bytes != self._last_transferred or self._held:
@@ -118,6 +119,14 @@ class MemoryCopy:
             throttle_percent=self._throttle,
             eta_ms=Range(round(left_ms), round(left_ms * 2 + 200)),
         )
+
+    def _watch_rate(self, sample: MemorySample) -> None:
+        """The best rate counts, because a short pass or a hold shows less; but a long pass shows a link that slowed."""
+        seen = int(sample.mbps * 125_000)
+        if seen < self._rate and not self._held and sample.remaining_bytes > self._rate * _LONG_PASS_S:
+            seen = (self._rate * 9 + seen) // 10
+            self._rate = seen
+        self._rate = max(self._rate, seen)
 
     def _watch_pace(self, sample: MemorySample, now: float) -> None:
         number, remaining, at = self._seen

@@ -137,6 +137,7 @@ class Prepare:
     source: str
     source_address: str
     generation: int
+    running: bool
 
 
 @dataclass(frozen=True, slots=True)

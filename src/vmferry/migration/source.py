@@ -151,6 +151,7 @@ class SourceMigration:
             source=self.parts.name,
             source_address=self.parts.address,
             generation=record.generation,
+            running=self.was_running,
         )
         reserved = await self.link.call(request, Prepared, limits.prepare_s)
         await send_boot_files(self.parts, self.link, record, reserved.boot_files)
@@ -310,18 +311,7 @@ class SourceMigration:
         return decision
 
     async def _ask(self, refuse: bool) -> PeerSays:
-        record = self.record
-        try:
-            link = await self.connect()
-        except VmferryError:
-            return PeerSays.UNREACHABLE
-        try:
-            question = Inquire(record.id, record.vm_id, record.generation, refuse)
-            return (await link.call(question, Answer, self.parts.limits.request_s)).says
-        except VmferryError:
-            return PeerSays.UNREACHABLE
-        finally:
-            await link.close()
+        return await ask_target(self.connect, self.record, refuse, self.parts.limits.request_s)
 
     # -- undoing -----------------------------------------------------------------------------------------------------
 
@@ -459,6 +449,23 @@ class SourceMigration:
     def _report(self, **changes: object) -> None:
         self.progress = replace(self.progress, **changes)  # type: ignore[arg-type]
         self.events.progress(self.progress)
+
+
+async def ask_target(
+    connect: Callable[[], Awaitable[PeerLink]], record: MigrationRecord, refuse: bool, limit_s: float
+) -> PeerSays:
+    """What the target's journal says, after it has refused for good if asked to. No answer is `unreachable`."""
+    try:
+        link = await connect()
+    except VmferryError:
+        return PeerSays.UNREACHABLE
+    try:
+        question = Inquire(record.id, record.vm_id, record.generation, refuse)
+        return (await link.call(question, Answer, limit_s)).says
+    except VmferryError:
+        return PeerSays.UNREACHABLE
+    finally:
+        await link.close()
 
 
 def _require(part: T | None) -> T:

@@ -79,10 +79,16 @@ class TargetMigration:
         self._memory: MemoryReader | None = None
         self._loaded = False
         self._unserving = asyncio.Lock()
+        self._writing_out: asyncio.Task[None] | None = None
         self._taken: Taken | None = None
         self._taken_at = 0.0
         self._ending = asyncio.Lock()
         self._progress_at = time.monotonic()
+
+    @property
+    def wanted_running(self) -> bool:
+        """Whether the guest ran on the source: else it stays paused here, too."""
+        return self._request.running
 
     # -- prepare -----------------------------------------------------------------------------------------------------
 
@@ -226,6 +232,7 @@ class TargetMigration:
             sample = await observe_migration(guest.monitor)
             return Loaded(problem=sample.error_desc or " / ".join(guest.process.log_tail(3)) or "QEMU does not say why")
         self._loaded = True
+        self._writing_out = asyncio.create_task(sync_images(self.record.spec))
         if not request.memory_digest or self._memory is None:
             return Loaded("")
         started = time.monotonic()
@@ -245,6 +252,8 @@ class TargetMigration:
                 raise Conflict("not-loaded", "The guest's state is not complete on the target.", "Nothing was taken.")
             started = time.monotonic()
             await self.end_exports()
+            if self._writing_out is not None:
+                await self._writing_out  # the guest's own flushes on the source must hold here, too
             self.record = await self._parts.journal.move(self.record, RecordState.TAKEN, wanted=_WANTED[request.run])
             written = time.monotonic()
             resumed_at = await self._run(guest) if request.run else written

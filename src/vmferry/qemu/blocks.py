@@ -116,6 +116,9 @@ async def add_nbd_target(monitor: Monitor, target: NbdTarget) -> None:
         "export": target.export,
         "discard": "unmap",
         "detect-zeroes": "unmap",
+        # Each flush here would be an fdatasync there, several of them while the guest stands still. The target's side
+        # writes its images out by itself, before the guest may run there (`TargetMigration.await_loaded`).
+        "cache": {"no-flush": True},
     }
     if target.tls_creds:
         node["tls-creds"] = target.tls_creds
