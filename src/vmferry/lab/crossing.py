@@ -76,7 +76,7 @@ class Watch:
         self._layout = layout
         self._vm = vm
         self._guest = guest
-        self.before = guest.status()
+        self.before = guest.status(within_s=60.0)
         options = ("--target", vm.address, "--port", str(UDP_PORT), "--rate", str(PROBES_PER_S))
         self._probe = start_probe(layout.client_namespace, "udp", *options)
 
@@ -110,9 +110,9 @@ class Watch:
         if self._answers_promptly(_CATCH_UP_S):
             return
         before = self.before
-        self._guest.set_load(0, 0)
+        self._guest.set_load(0, 0, within_s=60.0)
         self._answers_promptly(_CATCH_UP_EASED_S)
-        self._guest.set_load(before.memory.rate_bytes // 1_000_000, before.disk.rate)
+        self._guest.set_load(before.memory.rate_bytes // 1_000_000, before.disk.rate, within_s=60.0)
 
     def _answers_promptly(self, within_s: float) -> bool:
         deadline = time.monotonic() + within_s

@@ -89,6 +89,11 @@ class Demo:
         self._steps.done("the guest has checked its memory and its disk since")
         return [f"{source} -> {target}: {sentence}" for sentence in judge_crossing(crossing)]
 
+    def _not_migrated(self, arguments: Sequence[str], status: int) -> Failed:
+        owner = find_owner(self._layout, _VM.name)
+        text = f"vmferry {' '.join(arguments)} ended with status {status}; {_VM.name} is {owner.state} on {owner.host}."
+        return Failed("demo-migrate", text, "What the command said is above.")
+
     @staticmethod
     def _end_stream(stream: RunningProbe) -> dict[str, Any]:
         return stream.stop()

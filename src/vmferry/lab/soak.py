@@ -57,7 +57,7 @@ class Soak:
 
     def run(self, trip: Trip) -> tuple[str, ...]:
         """One migration; what is wrong after it. Prints its line."""
-        self._guest.set_load(*trip.rates)
+        self._guest.set_load(*trip.rates, within_s=60.0)
         head = f"{trip.number:3} {trip.source} -> {trip.target}  {trip.words}"
         try:
             with Watch(self._layout, _VM, self._guest) as watch:
