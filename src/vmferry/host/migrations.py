@@ -225,7 +225,7 @@ class Migrations:
                 await self._settle(outgoing, engine, error)
             await self._finish(engine, vm, began)
         finally:
-            await link.close()
+            await (outgoing.engine.link if outgoing.engine else link).close()
 
     async def _finish(self, engine: SourceMigration, vm: Vm, began: float) -> None:
         """Forward only: whatever goes wrong here, the VM is the target's and the migration has succeeded."""
@@ -293,6 +293,7 @@ class Migrations:
                 if engine.record.state is RecordState.HANDED_OVER:
                     engine.record = await self._journal.move(engine.record, RecordState.TAKEN)
                 self._views.change(migration_id, outcome=Outcome.RUNNING, reason=None)
+                await self._renew_link(engine)
                 return
             if decision.act is Act.TAKE_BACK:
                 raise Failed(
@@ -348,6 +349,19 @@ class Migrations:
             "finished-after-restart", f"{record.peer} has taken the VM. {kept}", "Delete them when it runs."
         )
         await self._views.end(record.id, Outcome.COMPLETED, reason)
+
+    async def _renew_link(self, engine: SourceMigration) -> None:
+        """What follows needs a link that works: whether the guest is seen to run there decides about the disks here."""
+        lost, known = engine.link, engine.measured.switchover
+        if known is not None and not engine.measured.blackout_ms and known.timeline.stop_ns:
+            # The target's own measure is lost with its answer: no longer than this.
+            engine.measured.blackout_ms = (time.monotonic_ns() - known.timeline.stop_ns) / 1e6
+        try:
+            engine.link = await self._connect(engine.record.peer)
+        except VmferryError as error:
+            log.alarm("link-not-renewed", id=engine.record.id, problem=error.message)
+            return
+        await lost.close()
 
     # -- ending from outside -----------------------------------------------------------------------------------------
 
@@ -451,12 +465,15 @@ class Migrations:
             was_running=vm.wanted == "running",
         )
         outgoing.engine = engine
-        if record.state is RecordState.ACTIVE:
-            await engine.undo_after_restart()
-            raise restarted
-        engine.commit_after_restart()
-        await self._settle(outgoing, engine, restarted)
-        await self._finish(engine, vm, time.monotonic())
+        try:
+            if record.state is RecordState.ACTIVE:
+                await engine.undo_after_restart()
+                raise restarted
+            engine.commit_after_restart()
+            await self._settle(outgoing, engine, restarted)
+            await self._finish(engine, vm, time.monotonic())
+        finally:
+            await engine.link.close()
 
     async def close(self) -> None:
         """The daemon ends: no new migrations; those under way are waited for."""
