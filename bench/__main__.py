@@ -34,10 +34,10 @@ def main() -> int:
     began = datetime.now(UTC).isoformat(timespec="seconds")
     status = 0
     try:
-        patience = Patience(options.patience)
+        patience = Patience(0 if options.first else options.patience)
         _say(f"load average {patience.wait_for_low_load():.2f}; making the hosts")
         with (
-            CpuAccount(options.prefix) as account,
+            CpuAccount(options.prefix, options.first) as account,
             open_stage(options.prefix, options.link) as stage,
             _contenders(stage, options) as contenders,
         ):
@@ -69,6 +69,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, metavar="SECONDS", default=600, help="to lose to other work on this machine (600)"
     )
+    parser.add_argument("--first", action="store_true", help="do not wait: let the kernel prefer the bench to others")
     parser.add_argument("--option", action="append", default=[], help="for vmferry vm migrate: --option=--verify=none")
     parser.add_argument("--prefix", default="vfbench", help="of namespaces and directories (vfbench)")
     options = parser.parse_args()
