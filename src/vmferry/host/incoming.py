@@ -99,7 +99,11 @@ class Incoming:
     async def take(self, request: m.Take, peer: str) -> m.Taken:
         """Takes, answers, and settles in afterwards: the answer must not wait for that."""
         migration = self.get(request.migration_id, peer)
-        taken = await asyncio.shield(asyncio.ensure_future(migration.take(request)))
+        # In one piece: a source that hangs up meanwhile must not leave a VM that is ours and that nobody manages.
+        return await asyncio.shield(asyncio.ensure_future(self._take(migration, request)))
+
+    async def _take(self, migration: TargetMigration, request: m.Take) -> m.Taken:
+        taken = await migration.take(request)
         self._background(self._settle_in(migration, request.run))
         return taken
 
@@ -183,9 +187,11 @@ class Incoming:
             if decision.act is Act.TAKE:
                 await migration.take(m.Take(record.id, record.generation, run=migration.wanted_running))
                 await self._settle_in(migration, run=migration.wanted_running)
-                return
+                break
             await asyncio.sleep(_ASK_PAUSE_S[min(attempt, len(_ASK_PAUSE_S) - 1)])
             attempt += 1
+        if migration.record.state is RecordState.TAKEN:  # by us, or by a request that was still under way
+            await self._finish_alone(migration)
 
     async def _finish_alone(self, migration: TargetMigration) -> None:
         """The source has fallen silent after the take: what only it needed is given up after a while."""

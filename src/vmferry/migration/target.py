@@ -82,6 +82,7 @@ class TargetMigration:
         self._writing_out: asyncio.Task[None] | None = None
         self._taken: Taken | None = None
         self._taken_at = 0.0
+        self._settled_in = False
         self._ending = asyncio.Lock()
         self._progress_at = time.monotonic()
 
@@ -274,7 +275,10 @@ class TargetMigration:
             resumed.cancel()
 
     async def settle_in(self, run: bool) -> None:
-        """After the take, out of the blackout: announce, hand the guest to the host's registry."""
+        """After the take, out of the blackout: announce, hand the guest to the host's registry. Happens once."""
+        if self._settled_in:
+            return
+        self._settled_in = True
         guest = self._require_guest()
         if self._gates is not None:
             self._gates.announce()
