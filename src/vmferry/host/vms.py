@@ -296,8 +296,8 @@ class Vms:
             return vm
 
     async def release(self, vm: Vm) -> None:
-        """Ends the hold and looks at the guest anew."""
-        vm.claimed_by = ""
+        """Ends the hold of a VM that has stayed here, or was taken back, and looks at the guest anew."""
+        vm.claimed_by, vm.owned = "", True
         await self.refresh(vm)
 
     async def plug_ports(self, vm: Vm) -> None:
