@@ -167,7 +167,7 @@ _LIMITS: Table = {
     "disk_stall": Key(duration, "30s", "_ms"),
     "memory_stall": Key(duration, "30s", "_ms"),
     "switchover_stall": Key(duration, "10s", "_ms"),
-    "switchover_limit": Key(duration, "1500ms", "_ms"),
+    "switchover_limit": Key(duration, "1s", "_ms"),
     "handoff_retry": Key(duration, "500ms", "_ms"),
     "forward_limit": Key(duration, "10s", "_ms"),
     "clock_difference": Key(duration, "2s", "_ms"),

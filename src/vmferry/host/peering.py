@@ -7,6 +7,7 @@ certificate says, never what a message says. Late answers to requests that were 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import ssl
 import time
@@ -218,6 +219,8 @@ async def serve_peer(
             task = asyncio.create_task(_answer(socket, message.data, handler))
             running.add(task)
             task.add_done_callback(running.discard)
+    except (ConnectionError, aiohttp.ClientError):
+        log.event("peer-hung-up", who=request.remote)  # in the middle of something, its reset came first
     finally:
         for task in running:
             task.cancel()
@@ -245,7 +248,8 @@ async def _answer(socket: web.WebSocketResponse, text: str, handler: Handler) ->
         failed = Failed("internal", f"vmferryd failed at this ({type(error).__name__}).", "See its log.")
         reply = {"n": number, "problem": problem(failed)}
     if not socket.closed:
-        await socket.send_str(json.dumps(reply))
+        with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # nobody waits for it any more
+            await socket.send_str(json.dumps(reply))
 
 
 def protocol_version() -> int:

@@ -31,7 +31,7 @@ def test_a_name_is_enough() -> None:
     assert (config.pools, config.switches, config.peers) == ((), (), ())
     assert config.migration.address == ""
     assert config.limits.memory_reserve_bytes == 512 << 20
-    assert config.limits.switchover_limit_ms == 1500
+    assert config.limits.switchover_limit_ms == 1000
 
 
 def test_the_shipped_example_is_valid() -> None:
