@@ -25,6 +25,7 @@ from vmferry.model.vm import RunState
 
 PROBES_PER_S = 500
 _PROMPT_MS = 400.0  # well within the time that the probe waits for its last replies
+LATE_MS = 1000.0
 _CATCH_UP_S, _CATCH_UP_EASED_S = 3.0, 40.0
 
 
@@ -51,6 +52,11 @@ class Crossing:
     def guest_drops(self) -> int:
         """Requests dropped by the guest itself meanwhile, after they had arrived there."""
         return self.health.guest_drops - self.before.udp["buffer_drops"]
+
+    @property
+    def silent_at_end_ms(self) -> float:
+        """How long before its last request the client had its last reply."""
+        return float(self.udp["silent_at_end_ms"] or 0)
 
     @property
     def lost_requests(self) -> int:
@@ -194,7 +200,12 @@ def _judge_udp(crossing: Crossing) -> list[str]:
     wrong = []
     if not udp["received"]:
         wrong.append("the client got no answer to any UDP probe")
-    if crossing.lost_on_the_way:
+    if crossing.silent_at_end_ms > LATE_MS:
+        seconds = f"{crossing.silent_at_end_ms / 1000:.1f} s"
+        wrong.append(
+            f"the guest was {seconds} behind with its UDP replies long after the move: is this machine too busy?"
+        )
+    elif crossing.lost_on_the_way:
         told = (
             f"{crossing.lost_requests} requests, {crossing.lost_replies} replies; {crossing.guest_drops} in the guest"
         )

@@ -22,7 +22,7 @@ from vmferry.lab.namespaces import lab_status
 from vmferry.lab.probes.launch import RunningProbe
 from vmferry.lab.session import keep_logs, own_lab, require_no_lab, turn_signals_into_interrupts
 from vmferry.lab.telling import Steps, complain, say, table
-from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, find_owner, wait_until_filled
+from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, find_owner, wait_until_ready
 from vmferry.model.errors import Failed, VmferryError
 from vmferry.model.units import format_rate, format_size
 
@@ -68,8 +68,7 @@ class Demo:
         create_and_start(self._command, _VM, host)
 
     def _fill(self, guest: GuestClient) -> None:
-        guest.status(within_s=120.0)
-        status = wait_until_filled(guest)
+        status = wait_until_ready(guest, _VM)
         load = f"dirties {_VM.dirty_mb} MB/s of memory, {_VM.disk_rate} disk records/s with fsync"
         self._steps.done(f"booted; wrote {format_size(status.disk.fill_bytes)} to its disk; {load}")
 
@@ -81,9 +80,7 @@ class Demo:
         with Watch(self._layout, _VM, guest) as watch:
             status = self._command.show(*arguments)
             if status != 0:
-                raise Failed(
-                    "demo-migrate", f"vmferry {' '.join(arguments)} failed with status {status}.", "See above."
-                )
+                raise self._not_migrated(arguments, status)
             crossing = watch.finish(find_newest(self._layout, source, _VM.name))
         self.crossings.append(crossing)
         self._steps.done("the guest has checked its memory and its disk since")

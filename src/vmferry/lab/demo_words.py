@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vmferry.lab.crossing import Crossing, find_stall
+from vmferry.lab.crossing import LATE_MS, Crossing, find_stall
 from vmferry.lab.layout import HostLayout, LabLayout
 from vmferry.model.receipt import Receipt
 from vmferry.model.units import format_ms, format_size
@@ -64,7 +64,8 @@ def _yes(seen: bool | None) -> str:
 def _probes(crossing: Crossing) -> str:
     drops = crossing.guest_drops
     there = f", {drops} in the guest's full buffer" if drops else ""
-    return f"{crossing.udp['sent']} sent, {crossing.lost_on_the_way} lost{there}"
+    late = ", late" if crossing.silent_at_end_ms > LATE_MS else ""
+    return f"{crossing.udp['sent']} sent, {crossing.lost_on_the_way} lost{late}{there}"
 
 
 def _stall(stream: dict[str, Any], receipt: Receipt) -> str:

@@ -25,7 +25,7 @@ from vmferry.lab.probes.launch import RunningProbe
 from vmferry.lab.session import keep_logs, own_lab, turn_signals_into_interrupts
 from vmferry.lab.soak_plan import HOSTS, Trip, plan_trips
 from vmferry.lab.telling import complain, say, table
-from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, host_client, wait_until_filled
+from vmferry.lab.trial_vm import LabCommand, TrialVm, create_and_start, host_client, wait_until_ready
 from vmferry.model.errors import Failed, VmferryError
 from vmferry.model.migration import MigrationView, Outcome
 from vmferry.model.units import format_ms
@@ -156,8 +156,7 @@ def _summarise(crossings: Sequence[Crossing], daemons: dict[str, DaemonUse]) -> 
 def _soak(layout: LabLayout, trips: Sequence[Trip], go_on: bool) -> tuple[str, ...]:
     create_and_start(LabCommand(layout), _VM, layout.hosts[0])
     with GuestClient(_VM.address, layout.client_namespace) as guest:
-        guest.status(within_s=120.0)
-        wait_until_filled(guest)
+        wait_until_ready(guest, _VM)
         with start_stream(layout, _VM, _STREAM_BYTES_PER_S) as stream:
             stream.wait_until_received()
             return _run_trips(Soak(layout, guest, stream), layout, trips, go_on)

@@ -117,22 +117,26 @@ def create_and_start(command: LabCommand, vm: TrialVm, host: HostLayout) -> None
     command.ask("vm", "start", vm.name)
 
 
-def wait_until_booted(guest: GuestClient, within_s: float = 120.0) -> GuestStatus:
-    """Returns once the guest answers. Raises Unreachable `guest-silent`."""
-    return guest.status(within_s)
+def wait_until_ready(guest: GuestClient, vm: TrialVm, within_s: float = 240.0) -> GuestStatus:
+    """Returns once the guest has booted and its workloads run: the fill is written, all memory is in use.
 
-
-def wait_until_filled(guest: GuestClient, within_s: float = 180.0) -> GuestStatus:
-    """Returns once the guest's workloads run (the fill is written). Raises Failed `guest-fill`, Unreachable."""
+    Raises Unreachable `guest-silent`, Failed `guest-not-ready`.
+    """
     deadline = time.monotonic() + within_s
     while True:
-        status = guest.status(within_s)
-        if status.disk.state in ("none", "writing"):
+        status = guest.status(max(1.0, deadline - time.monotonic()))
+        if _is_ready(status, vm):
             return status
         if status.disk.state == "failed" or time.monotonic() > deadline:
-            text = f"The guest could not write its data: {status.disk.state}, {status.disk.fill_bytes} bytes."
-            raise Failed("guest-fill", text, "See its console.")
+            text = f"The guest's workload is not ready: its disk is {status.disk.state}, {status.disk.fill_bytes} bytes"
+            raise Failed("guest-not-ready", f"{text} written.", "See its console.")
         time.sleep(0.1)
+
+
+def _is_ready(status: GuestStatus, vm: TrialVm) -> bool:
+    """The processes of a guest start one after the other: what is not there yet shows as none."""
+    disk_ready = not vm.disk_area_mib or status.disk.state == "writing"
+    return disk_ready and (not vm.wss_mib or status.memory.wss_bytes > 0)
 
 
 def host_client(host: HostLayout) -> HostClient:
