@@ -17,6 +17,7 @@ from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.peers import Peers
 from vmferry.host.vms import Vms, observe_free_memory
 from vmferry.migration import messages as m
+from vmferry.migration.gates import open_ports
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.handoff import Act, GuestSeen, PeerSays, decide_target
 from vmferry.migration.host_parts import HostParts
@@ -27,6 +28,7 @@ from vmferry.migration.target import TargetHooks, TargetMigration, clear_reserve
 from vmferry.model.errors import Conflict, NotFound, Refused, VmferryError
 from vmferry.model.migration import MigrationView, Mode, Outcome, Phase, PhaseTime, Progress, Reason, Role
 from vmferry.model.vm import RunState
+from vmferry.qemu.cpu import CpuFeatures
 from vmferry.qemu.liveness import wait_vcpus_advance
 
 _ASK_PAUSE_S = (0.2, 0.5, 1, 2, 5)
@@ -46,6 +48,7 @@ class Incoming:
         self._tasks: set[asyncio.Task[None]] = set()
         self._reserved_bytes: dict[str, int] = {}
         self._left = asyncio.Event()
+        self.cpus: dict[tuple[str, str], CpuFeatures] = {}
 
     def session(self, peer: str) -> PeerSession:
         """For a connection of that host."""
@@ -234,6 +237,8 @@ class Incoming:
         if vm is not None and vm.guest is not None and vm.wanted == "running":
             await vm.guest.monitor.execute("cont")
             await self._vms.refresh(vm)
+        if vm is not None and vm.guest is not None:
+            self._background(open_ports(self.parts, vm.guest.ports))
         await self._journal.move(record, RecordState.ENDED)
         with contextlib.suppress(NotFound):
             await self._views.end(record.id, Outcome.COMPLETED, None)
@@ -333,14 +338,13 @@ class PeerSession:
     def __init__(self, incoming: Incoming, peer: str) -> None:
         self._incoming = incoming
         self._peer = peer
-        self._checks = TargetChecks(incoming.parts, incoming.use)
+        self._checks = TargetChecks(incoming.parts, incoming.use, incoming.cpus)
         self._twins: dict[str, TargetTwin] = {}
         self._prepared: set[str] = set()
         self._handlers: dict[type, Callable[..., Awaitable[object]]] = {
             m.CheckTarget: self._checks.check,
             m.ListenForProbe: self._checks.listen,
             m.CollectProbe: self._checks.collect,
-            m.MeasureLink: self._measure,
             m.Rehearse: self._rehearse,
             m.EndRehearsal: self._end_rehearsal,
             m.Prepare: self._prepare,
@@ -367,9 +371,6 @@ class PeerSession:
 
     def _migration(self, request: m.Request) -> TargetMigration:
         return self._incoming.get(getattr(request, "migration_id", ""), self._peer)
-
-    async def _measure(self, request: m.MeasureLink) -> m.LinkMeasured:
-        return m.LinkMeasured(len(request.payload))
 
     async def _rehearse(self, request: m.Rehearse) -> m.RehearsalReady:
         if not request.nonce.isalnum() or len(request.nonce) > 32 or request.nonce in self._twins:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import secrets
+import shutil
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from vmferry.host.journal import Journal
 from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.outcome import finish_source
 from vmferry.host.peers import Peers
+from vmferry.host.strays import end_processes_of
 from vmferry.host.vms import Vm, Vms
 from vmferry.migration.finish import put_disks_aside
 from vmferry.migration.gates import remove_gate_leftovers
@@ -276,6 +278,11 @@ class Migrations:
             # Also when the journal cannot be written: the guest is here, and its user must be able to work with it.
             await self._vms.release(outgoing.vm)
             await self._views.end(record.id, outcome, reason)
+        if outgoing.vm.guest is not None:
+            runs = f"{record.vm_name} is on {self._parts.name} as before ({outgoing.vm.state})."
+            reason = Reason(reason.code, f"{reason.message} {runs}", reason.fix)
+            self._views.change(record.id, reason=reason)
+            await self._views.save(record.id)
         log.event("migration-ended", id=record.id, outcome=outcome, reason=reason.code, message=reason.message)
 
     # -- settling ----------------------------------------------------------------------------------------------------
@@ -338,10 +345,11 @@ class Migrations:
     async def _ask(self, record: MigrationRecord, refuse: bool) -> PeerSays:
         return await ask_target(lambda: self._connect(record.peer), record, refuse, self._parts.limits.request_s)
 
-    async def _finish_without_guest(self, vm: Vm, record: MigrationRecord) -> None:
+    async def _finish_without_guest(self, vm: Vm | None, record: MigrationRecord) -> None:
         if record.state is RecordState.HANDED_OVER:
             record = await self._journal.move(record, RecordState.TAKEN)
-        self._vms.give_away(vm)
+        if vm is not None:
+            self._vms.give_away(vm)
         aside = await put_disks_aside(self._parts, record)
         await self._journal.move(record, RecordState.ENDED)
         kept = f"Its disks are set aside: {', '.join(aside)}." if aside else ""
@@ -412,10 +420,14 @@ class Migrations:
         outgoing.task = asyncio.create_task(self._resume(outgoing, record))
 
     async def _forget(self, record: MigrationRecord) -> None:
-        if record.state is RecordState.TAKEN:
-            await self._journal.move(record, RecordState.ENDED)
-            with contextlib.suppress(VmferryError):
-                await self._views.end(record.id, Outcome.COMPLETED, None)
+        """The target has the VM, and an earlier life of the daemon ended before it had tidied up here."""
+        if record.state is not RecordState.TAKEN:
+            log.alarm("migration-without-vm", id=record.id, state=record.state)
+            return
+        run_dir = self._parts.guest_dir(record.vm_id)
+        await end_processes_of(str(run_dir))
+        await asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True)
+        await self._finish_without_guest(None, record)
 
     async def _resume(self, outgoing: Outgoing, record: MigrationRecord) -> None:
         try:
@@ -528,6 +540,9 @@ class _NoLink:
 
     async def call(self, request: object, reply: type[Any], timeout_s: float = 0) -> Any:
         raise OutcomeUnknown("link-lost", f"The connection to {self.peer} was lost with the daemon.", "")
+
+    async def measure_rate(self) -> int:
+        return 0
 
     async def wait_lost(self) -> VmferryError:
         return Failed("link-lost", "The connection was lost with the daemon.", "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import ssl
 import time
 from collections.abc import Awaitable, Callable
@@ -28,6 +29,9 @@ R = TypeVar("R")
 PEER_PATH = "/v1/peer"
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in REPLIES}
 _LARGEST_MESSAGE = 64 << 20
+_SAMPLE_BYTES = 1 << 20
+_SAMPLES = 3
+_SAMPLE_LIMIT_S = 20.0
 # A ping this often, and half of it for the answer: in the last part of a copy guest writes wait for the target, so a
 # dead link must be noticed within seconds.
 _HEARTBEAT_S = 3.0
@@ -56,6 +60,7 @@ class WebSocketLink:
         self._next = 0
         self._rtt_ms = float("inf")
         self._lost: str | None = None
+        self._received: asyncio.Future[None] | None = None
         self._ended = asyncio.Event()
         self._reader = asyncio.create_task(self._read())
 
@@ -106,6 +111,27 @@ class WebSocketLink:
         self._rtt_ms = min(self._rtt_ms, (time.monotonic() - started) * 1000)
         return decode(reply, answer)
 
+    async def measure_rate(self) -> int:
+        """See PeerLink.measure_rate. Of a large and a small message, because their difference leaves the way out."""
+        payload = os.urandom(_SAMPLE_BYTES)
+        await self._time_bytes(payload[:1])
+        fastest = 0.0
+        for _ in range(_SAMPLES):
+            way_s = await self._time_bytes(payload[:1])
+            fastest = max(fastest, _SAMPLE_BYTES / max(1e-5, await self._time_bytes(payload) - way_s))
+        return int(fastest)
+
+    async def _time_bytes(self, payload: bytes) -> float:
+        self._received = asyncio.get_running_loop().create_future()
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(_SAMPLE_LIMIT_S):
+                await self._socket.send_bytes(payload)
+                await self._received
+        except (TimeoutError, ConnectionError, aiohttp.ClientError) as error:
+            raise self._unknown(f"no answer to a sample ({error})") from error
+        return time.monotonic() - started
+
     async def wait_lost(self) -> VmferryError:
         """See PeerLink.wait_lost."""
         await self._ended.wait()
@@ -132,6 +158,10 @@ class WebSocketLink:
             self._lose("the other side hung up or fell silent")
 
     def _deliver(self, document: dict[str, Any]) -> None:
+        if "received" in document:
+            if self._received is not None and not self._received.done():
+                self._received.set_result(None)
+            return
         future = self._waiting.get(document["n"])
         if future is None or future.done():
             return
@@ -214,6 +244,9 @@ async def serve_peer(
     running: set[asyncio.Task[None]] = set()
     try:
         async for message in socket:
+            if message.type is aiohttp.WSMsgType.BINARY:
+                await socket.send_str(json.dumps({"received": len(message.data)}))
+                continue
             if message.type is not aiohttp.WSMsgType.TEXT:
                 break
             task = asyncio.create_task(_answer(socket, message.data, handler))

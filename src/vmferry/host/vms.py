@@ -359,7 +359,8 @@ class Vms:
         vm.problem = "" if asked else f"QEMU ended by itself (status {status}): {' / '.join(tail)}"
         await let_go(self._parts, guest)
         vm.ended.set()
-        log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
+        if vm.owned:
+            log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
 
 
 _PLAIN_STATES = frozenset({"running", "paused", "prelaunch", "postmigrate", "finish-migrate", "inmigrate"})

@@ -9,13 +9,13 @@ import time
 from collections.abc import Sequence
 
 from vmferry.migration.host_parts import HostParts
-from vmferry.network.announce import announce_rounds
+from vmferry.network.announce import Announcer, announce_rounds, announcement_frames
 from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpec, remove_leftovers
-from vmferry.network.ports import Port
+from vmferry.network.ports import Port, plug
 from vmferry.network.priming import prime_port
 
-_QUIET_S = 1.0
-_LOOK_EVERY_S = 0.2
+_QUIET_S = 0.5
+_LOOK_EVERY_S = 0.1
 _SETTLE_MS = 4.0
 
 
@@ -102,7 +102,7 @@ class SourceGates:
         )
 
     async def forward_until_quiet(self, limit_s: float) -> GateCounters:
-        """Waits until no unicast frame for the VM has come here for a second, at most `limit_s`; the last counters."""
+        """Waits until no unicast frame for the VM came for half a second, at most `limit_s`; the last counters."""
         until = time.monotonic() + limit_s
         counters = await self.traffic()
         quiet_since = time.monotonic()
@@ -174,6 +174,14 @@ class TargetGates:
                 await task
         for gate in self._gates:
             await gate.release()
+
+
+async def open_ports(parts: HostParts, ports: Sequence[Port]) -> None:
+    """The ports take part in their switches and the network is told: for a VM that was taken before a restart."""
+    for port in ports:
+        await plug(parts.netlink, port)
+        with Announcer(_uplinks(parts, port.switch), announcement_frames(port.mac)) as announcer:
+            await announce_rounds(announcer)
 
 
 async def _settle_in(gate: TargetGate) -> None:

@@ -36,6 +36,10 @@ class PeerLink(Protocol):
         """The shortest round trip seen."""
         ...
 
+    async def measure_rate(self) -> int:
+        """Bytes a second that the link carries now, the best of some samples. Raises as `call` does."""
+        ...
+
     async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0) -> R:
         """The answer. Raises what the other side raised; `Unreachable` if it was never sent; `OutcomeUnknown` if the
         link was lost or the time ran out after it was sent.

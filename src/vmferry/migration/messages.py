@@ -84,20 +84,6 @@ class ProbeSeen:
 
 
 @dataclass(frozen=True, slots=True)
-class MeasureLink:
-    """`payload` is thrown away; its time of travel measures the link."""
-
-    payload: str
-
-
-@dataclass(frozen=True, slots=True)
-class LinkMeasured:
-    """Seconds between the first and the last byte are the asking side's to measure; this one only confirms."""
-
-    received_bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Rehearse:
     """Start an un-booted twin that takes an incoming migration."""
 
@@ -335,7 +321,6 @@ Request = (
     CheckTarget
     | ListenForProbe
     | CollectProbe
-    | MeasureLink
     | Rehearse
     | EndRehearsal
     | Prepare
@@ -360,7 +345,6 @@ REPLIES: dict[type, type] = {
     CheckTarget: TargetChecked,
     ListenForProbe: ProbeListening,
     CollectProbe: ProbeSeen,
-    MeasureLink: LinkMeasured,
     Rehearse: RehearsalReady,
     EndRehearsal: RehearsalEnded,
     Prepare: Prepared,

@@ -45,7 +45,6 @@ class TargetTwin:
         try:
             await add_target_tls(parts, twin.monitor, source)
             settings = StreamSettings(
-                multifd_channels=1,
                 tls_creds=TARGET_TLS.creds(parts),
                 tls_authz=TARGET_TLS.authz(parts),
                 pause_before_switchover=False,
@@ -118,7 +117,6 @@ async def _send(parts: HostParts, link: PeerLink, twin: RunningGuest, port: int)
     """Migrates our twin; what went wrong, or ""."""
     await add_source_tls(parts, twin.monitor)
     settings = StreamSettings(
-        multifd_channels=1,
         tls_creds=SOURCE_TLS.creds(parts),
         tls_hostname=stream_name(link.peer) if parts.stream_dir else "",
         pause_before_switchover=False,

@@ -37,7 +37,7 @@ from vmferry.migration.messages import (
     Taken,
 )
 from vmferry.migration.records import MigrationRecord, RecordState
-from vmferry.migration.streams import SOURCE_TLS, add_source_tls, channels, remove_tls
+from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Range, Verify
@@ -195,7 +195,6 @@ class SourceMigration:
         proof: asyncio.Task[None] | None = None
         try:
             settings = StreamSettings(
-                multifd_channels=channels(self.options),
                 postcopy=self.options.post_copy is PostCopy.ALLOW,
                 auto_converge=self.options.max_slowdown_percent > 0,
                 tls_creds=SOURCE_TLS.creds(self.parts),
@@ -206,6 +205,7 @@ class SourceMigration:
             await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
             if switchover.verify_disks:
                 proof = asyncio.create_task(_require(self._disks).prove(self.link, self.record.id))
+            switchover.timeline.mark("memory started")
             await memory.start(peer_address, prepared.memory_port)
             await memory.converge(lambda near: self._rest_is_ready(near, proof), self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
@@ -229,6 +229,8 @@ class SourceMigration:
         proven = proof is None or _require(self._disks).freeze_proof(near)
         if not near:
             self._standing_by = None  # what was written out by then is written anew before the end
+        if proven:
+            _require(self.measured.switchover).timeline.mark_once("disks proven")
         if not (near and proven):
             return False
         if self._standing_by is None:
@@ -243,6 +245,7 @@ class SourceMigration:
         if self._reader is not None:
             here.append(self._reader.prepare())
         await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
+        _require(self.measured.switchover).timeline.mark("standing by")
 
     def _arm_switchover(self) -> Switchover:
         switchover = Switchover(

@@ -10,7 +10,6 @@ import contextlib
 from dataclasses import dataclass
 
 from vmferry.migration.host_parts import HostParts
-from vmferry.model.migration import MigrateOptions, PostCopy
 from vmferry.model.names import stream_identity
 from vmferry.qemu.exports import NbdTls
 from vmferry.qemu.monitor import Monitor, QmpRefused
@@ -39,16 +38,6 @@ class TlsNames:
 
 SOURCE_TLS = TlsNames("stream-client", "")
 TARGET_TLS = TlsNames("stream-server", "stream-peers")
-
-
-def channels(options: MigrateOptions) -> int:
-    """How many multifd channels the memory takes; 0: the plain stream, the only one that post-copy can use.
-
-    In the plain stream the target's main loop touches every zero page: it allocates all of the guest's memory, and has
-    taken over a second of blackout. With one channel zero pages stay holes. Never more than one: QEMU 10.0.2 with two
-    hung for good, holding its lock, when the target died at pre-switchover (1 in 8 tries; 0 in 68 with one).
-    """
-    return 0 if options.post_copy is PostCopy.ALLOW else 1
 
 
 async def add_source_tls(parts: HostParts, monitor: Monitor) -> None:

@@ -36,6 +36,11 @@ class Timeline:
         """Notes that a step is done."""
         self.marks.append((name, time.monotonic_ns() if at_ns is None else at_ns))
 
+    def mark_once(self, name: str) -> None:
+        """Notes a step the first time only."""
+        if all(known != name for known, _ in self.marks):
+            self.mark(name)
+
     def steps(self) -> tuple[Step, ...]:
         """All steps in order."""
         return tuple(

@@ -41,7 +41,7 @@ from vmferry.migration.messages import (
 )
 from vmferry.migration.placement import place
 from vmferry.migration.records import MigrationRecord, RecordState, Reserved
-from vmferry.migration.streams import TARGET_TLS, add_target_tls, channels
+from vmferry.migration.streams import TARGET_TLS, add_target_tls
 from vmferry.model.errors import Conflict, Failed, VmferryError, WrongInput
 from vmferry.model.migration import PostCopy, Role, Verify
 from vmferry.model.names import require_name
@@ -53,6 +53,7 @@ from vmferry.storage.boot_files import store_boot_data
 
 _ALIVE_WITHIN_S = 10.0
 _RECEIVING_NICE = -10
+_WRITE_OUT_EVERY_S = 0.5
 _LOADED = ("completed", "postcopy-active")
 _WANTED = {True: "running", False: "paused"}
 
@@ -79,6 +80,7 @@ class TargetMigration:
         self._memory: MemoryReader | None = None
         self._loaded = False
         self._unserving = asyncio.Lock()
+        self._writer: asyncio.Task[None] | None = None
         self._writing_out: asyncio.Task[None] | None = None
         self._taken: Taken | None = None
         self._taken_at = 0.0
@@ -182,7 +184,6 @@ class TargetMigration:
         self._disks = TargetDisks(self._parts, self.guest)
         disk_port = await self._disks.serve(provable=options.verify is not Verify.NONE)
         settings = StreamSettings(
-            multifd_channels=channels(options),
             postcopy=options.post_copy is PostCopy.ALLOW,
             tls_creds=TARGET_TLS.creds(self._parts),
             tls_authz=TARGET_TLS.authz(self._parts),
@@ -194,7 +195,14 @@ class TargetMigration:
         await self._gates.prepare()
         if options.verify is Verify.ALL:
             self._memory = await asyncio.to_thread(map_memory, self.guest)
+        self._writer = asyncio.create_task(self._write_out_early())
         return Prepared(spec, memory_port, disk_port, (), gate_vni(self.record.id))
+
+    async def _write_out_early(self) -> None:
+        """Writes out what has come, again and again, so that little is left to be written at the end."""
+        while not self._loaded:
+            await asyncio.sleep(_WRITE_OUT_EVERY_S)
+            await sync_images(self.record.spec)
 
     # -- copy and switchover -----------------------------------------------------------------------------------------
 
@@ -204,6 +212,7 @@ class TargetMigration:
 
     async def stand_by(self) -> None:
         """Before the switchover, while the guest runs on the source: the little that is left then is quick."""
+        await self._stop_writer()
         await sync_images(self.record.spec)
         if self._memory is not None:
             await self._memory.prepare()
@@ -317,7 +326,14 @@ class TargetMigration:
                 await self._clear()
                 self.record = await self._parts.journal.move(self.record, RecordState.ENDED)
 
+    async def _stop_writer(self) -> None:
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            writer.cancel()
+            await asyncio.gather(writer, return_exceptions=True)
+
     async def _clear(self) -> None:
+        await self._stop_writer()
         if self._memory is not None:
             await asyncio.to_thread(self._memory.close)
             self._memory = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 
+from vmferry.model.errors import Failed
 from vmferry.qemu.process import GuestProcess
 
 _TCP_INFO = 11
@@ -19,7 +20,10 @@ def sum_sent(process: GuestProcess, port: int) -> int:
     """
     total = 0
     for file in process.find_fds(lambda file: file.target.startswith("socket:")):
-        fd = process.duplicate(file.fd)
+        try:
+            fd = process.duplicate(file.fd)
+        except Failed:
+            continue  # closed since we looked
         with socket.socket(fileno=fd) as sock:
             try:
                 peer = sock.getpeername()

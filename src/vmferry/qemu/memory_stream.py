@@ -13,7 +13,7 @@ from typing import Any
 
 from vmferry.model.errors import Failed
 from vmferry.qemu.features import observe_capabilities
-from vmferry.qemu.monitor import Monitor, QmpEvent
+from vmferry.qemu.monitor import Monitor, QmpEvent, QmpRefused
 
 _ENDED = frozenset(("completed", "failed", "cancelled"))
 _RATE_LOOK_EVERY_S = 0.05
@@ -93,7 +93,7 @@ class DirtyRate:
     """
 
     bytes_per_s: int
-    window_s: int
+    window_ms: int
     samples: int
     meaningful: bool
 
@@ -211,19 +211,26 @@ async def start_postcopy(monitor: Monitor) -> None:
     await monitor.execute("migrate-start-postcopy")
 
 
-async def estimate_dirty_rate(monitor: Monitor, seconds: int = 1, samples_per_gib: int = 4096) -> DirtyRate:
-    """Measures for whole seconds by sampling pages: the only mode that is safe under TCG (qemu-notes 0.4).
+async def estimate_dirty_rate(monitor: Monitor, window_ms: int = 1000, samples_per_gib: int = 4096) -> DirtyRate:
+    """Measures by sampling pages: the only mode that is safe under TCG (qemu-notes 0.4).
 
-    Raises QmpRefused (one is under way already).
+    A QEMU before 8.2 measures for whole seconds. Raises QmpRefused (one is under way already).
     """
-    arguments = {"calc-time": seconds, "sample-pages": samples_per_gib, "mode": "page-sampling"}
-    await monitor.execute("calc-dirty-rate", arguments=arguments)
-    await asyncio.sleep(seconds)
+    arguments = {"sample-pages": samples_per_gib, "mode": "page-sampling"}
+    in_ms = {**arguments, "calc-time": window_ms, "calc-time-unit": "millisecond"}
+    try:
+        await monitor.execute("calc-dirty-rate", arguments=in_ms)
+    except QmpRefused as error:
+        if "calc-time-unit" not in error.desc:
+            raise
+        window_ms = -(-window_ms // 1000) * 1000
+        await monitor.execute("calc-dirty-rate", arguments={**arguments, "calc-time": window_ms // 1000})
+    await asyncio.sleep(window_ms / 1000)
     while (answer := await monitor.execute("query-dirty-rate"))["status"] == "measuring":  # noqa: ASYNC110 QEMU has no event for it
         await asyncio.sleep(_RATE_LOOK_EVERY_S)
     memory = (await monitor.execute("query-memory-size-summary"))["base-memory"]
     rate = int(answer.get("dirty-rate", 0)) << 20
-    return DirtyRate(rate, seconds, samples_per_gib, meaningful=int(memory) >= 128 << 20)
+    return DirtyRate(rate, window_ms, samples_per_gib, meaningful=int(memory) >= 128 << 20)
 
 
 async def _set_capabilities(monitor: Monitor, settings: StreamSettings, source: bool) -> None:
