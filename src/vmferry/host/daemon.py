@@ -8,6 +8,7 @@ import grp
 import os
 import platform
 import pwd
+import shutil
 import ssl
 from dataclasses import replace
 from importlib.metadata import version
@@ -99,7 +100,9 @@ class Daemon:
         open_records = [record for record in records if record.state is not RecordState.ENDED]
         outgoing = {r.vm_id: r.id for r in open_records if r.role is Role.SOURCE}
         # Twins of rehearsals that were cut short; they were never anything.
-        await end_processes_of(str(self.config.run_dir / "twins"))
+        twins = self.config.run_dir / "twins"
+        await end_processes_of(str(twins))
+        await asyncio.to_thread(shutil.rmtree, twins, ignore_errors=True)
         await self.vms.load(outgoing)
         # First of all the guests that are ours get their frames again; only a VM that was handed over is still held.
         handed = [r.id for r in open_records if r.state in (RecordState.HANDED_OVER, RecordState.TAKEN)]

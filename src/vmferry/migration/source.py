@@ -48,6 +48,7 @@ from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.7
+_SLOW_DIGEST_RATE = 256 << 20  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
 
 
@@ -247,6 +248,13 @@ class SourceMigration:
         await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
         _require(self.measured.switchover).timeline.mark("standing by")
 
+    def _longest_stop_s(self) -> float:
+        """How long the guest may stand still before it is let run again here."""
+        limit_s = max(self.parts.limits.stopped_s, self.options.max_blackout_ms * 1.5 / 1000)
+        if self.options.verify is Verify.ALL:
+            limit_s += self.guest.spec.memory_bytes / _SLOW_DIGEST_RATE
+        return limit_s
+
     def _arm_switchover(self) -> Switchover:
         switchover = Switchover(
             guest=self.guest,
@@ -256,7 +264,7 @@ class SourceMigration:
             disks=_require(self._disks),
             verify_memory=self._reader,
             verify_disks=self.options.verify is not Verify.NONE and bool(self.guest.spec.disks),
-            limit_s=max(self.parts.limits.stopped_s, self.options.max_blackout_ms * 1.5 / 1000),
+            limit_s=self._longest_stop_s(),
         )
         switchover.arm()
         self.measured.switchover = switchover
