@@ -163,7 +163,7 @@ _LIMITS: Table = {
     "request_timeout": Key(duration, "15s", "_ms"),
     "start_timeout": Key(duration, "30s", "_ms"),
     "prepare_timeout": Key(duration, "60s", "_ms"),
-    "peer_silence": Key(duration, "10s", "_ms"),
+    "peer_silence": Key(duration, "4500ms", "_ms"),
     "disk_stall": Key(duration, "30s", "_ms"),
     "memory_stall": Key(duration, "30s", "_ms"),
     "switchover_stall": Key(duration, "10s", "_ms"),

@@ -265,6 +265,7 @@ def _limits(config: HostConfig) -> EngineLimits:
     return EngineLimits(
         request_s=limits.request_timeout_ms / 1000,
         prepare_s=limits.prepare_timeout_ms / 1000,
+        start_s=limits.start_timeout_ms / 1000,
         peer_silence_s=limits.peer_silence_ms / 1000,
         disk_stall_s=limits.disk_stall_ms / 1000,
         memory_stall_s=limits.memory_stall_ms / 1000,
@@ -276,7 +277,13 @@ def _limits(config: HostConfig) -> EngineLimits:
         outgoing=limits.outgoing,
         memory_reserve_bytes=limits.memory_reserve_bytes,
         clock_difference_ms=limits.clock_difference_ms,
+        bandwidth_bps=_share(config.migration.network_bandwidth_bps, limits.outgoing),
     )
+
+
+def _share(bandwidth_bps: int, migrations: int) -> int:
+    """What each of so many migrations may use of a ceiling for all; 0: no ceiling."""
+    return bandwidth_bps // max(1, migrations)
 
 
 def _guest_user(name: str) -> GuestUser | None:

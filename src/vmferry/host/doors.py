@@ -96,7 +96,8 @@ class Doors:
 
     async def _serve_peer(self, request: web.Request) -> web.StreamResponse:
         session = self._daemon.incoming.session(request["peer"])
-        return await serve_peer(request, session.handle, session.close)
+        silence_s = self._daemon.config.limits.peer_silence_ms / 1000
+        return await serve_peer(request, session.handle, session.close, silence_s)
 
 
 def _give_to_group(path: Path, name: str) -> None:

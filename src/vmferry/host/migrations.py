@@ -7,7 +7,7 @@ import contextlib
 import secrets
 import shutil
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ from vmferry.model.migration import (
 )
 from vmferry.model.vm import RunState
 
-_SETTLE_PAUSE_S = (0.2, 0.5, 1, 2, 5)
+_LONGEST_PAUSE_S = 5.0
 _UNKNOWN_AFTER_S = 3.0
 _CLOSE_LOOK_S = 2.0
 
@@ -116,6 +116,7 @@ class Migrations:
     async def begin(self, name: str, to: str, options: MigrateOptions) -> MigrationView:
         """Starts a migration in the background. Raises when it cannot even begin; then nothing changed."""
         self._peers.address_of(to)
+        options = self._within_ceiling(options)
         if self._closing:
             raise Conflict("stopping", f"vmferryd on {self._parts.name} is being stopped.", "Start it again first.")
         if len(self._outgoing) >= self._parts.limits.outgoing:
@@ -137,6 +138,12 @@ class Migrations:
         self._outgoing[migration_id] = outgoing
         outgoing.task = asyncio.create_task(self._run(outgoing, record, options))
         return view
+
+    def _within_ceiling(self, options: MigrateOptions) -> MigrateOptions:
+        ceiling = self._parts.limits.bandwidth_bps
+        if not ceiling:
+            return options
+        return replace(options, bandwidth_bps=min(options.bandwidth_bps or ceiling, ceiling))
 
     def _intend(
         self, vm: Vm, to: str, options: MigrateOptions, migration_id: str
@@ -317,7 +324,7 @@ class Migrations:
     async def _pause(self, outgoing: Outgoing, attempt: int) -> None:
         outgoing.wake.clear()
         with contextlib.suppress(TimeoutError):
-            pause_s = _SETTLE_PAUSE_S[min(attempt, len(_SETTLE_PAUSE_S) - 1)]
+            pause_s = min(self._parts.limits.handoff_retry_s * 2 ** min(attempt, 10), _LONGEST_PAUSE_S)
             await asyncio.wait_for(outgoing.wake.wait(), pause_s)
 
     async def _settle_without_guest(self, outgoing: Outgoing, record: MigrationRecord) -> None:

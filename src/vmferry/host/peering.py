@@ -33,9 +33,8 @@ _SAMPLE_BYTES = 2 << 20
 _SAMPLES = 3
 _SHORTEST_S = 2e-4  # a faster link than 10 GB/s is none
 _SAMPLE_LIMIT_S = 20.0
-# A ping this often, and half of it for the answer: in the last part of a copy guest writes wait for the target, so a
-# dead link must be noticed within seconds.
-_HEARTBEAT_S = 3.0
+# A ping after so much of the silence that is borne; the answer may take half as long again.
+_HEARTBEAT_SHARE = 2 / 3
 
 Handler = Callable[[Request], Awaitable[object]]
 
@@ -180,7 +179,9 @@ class WebSocketLink:
                 future.set_exception(self._unknown(why))
 
 
-async def connect_peer(name: str, address: str, context: ssl.SSLContext, timeout_s: float = 5.0) -> WebSocketLink:
+async def connect_peer(
+    name: str, address: str, context: ssl.SSLContext, timeout_s: float = 5.0, silence_s: float = 4.5
+) -> WebSocketLink:
     """A link to the host `name`, whose certificate must say so.
 
     Raises Unreachable `host-unreachable` or `host-not-trusted` (certificate of another CA, another name, expired);
@@ -192,7 +193,7 @@ async def connect_peer(name: str, address: str, context: ssl.SSLContext, timeout
             socket = await session.ws_connect(
                 f"https://{address}{PEER_PATH}",
                 server_hostname=name,
-                heartbeat=_HEARTBEAT_S,
+                heartbeat=silence_s * _HEARTBEAT_SHARE,
                 compress=0,
                 max_msg_size=_LARGEST_MESSAGE,
             )
@@ -237,10 +238,12 @@ def _connect_error(name: str, address: str, error: BaseException) -> VmferryErro
 
 
 async def serve_peer(
-    request: web.Request, handler: Handler, on_closed: Callable[[], Awaitable[None]]
+    request: web.Request, handler: Handler, on_closed: Callable[[], Awaitable[None]], silence_s: float = 4.5
 ) -> web.WebSocketResponse:
     """Answers one peer until it hangs up; then `on_closed`. Requests are started in the order in which they come."""
-    socket = web.WebSocketResponse(heartbeat=_HEARTBEAT_S, compress=False, max_msg_size=_LARGEST_MESSAGE)
+    socket = web.WebSocketResponse(
+        heartbeat=silence_s * _HEARTBEAT_SHARE, compress=False, max_msg_size=_LARGEST_MESSAGE
+    )
     await socket.prepare(request)
     running: set[asyncio.Task[None]] = set()
     try:

@@ -18,6 +18,7 @@ class Peers:
         self._own_name = config.name
         self._configured = {peer.name: _join(peer.address, peer.port) for peer in config.peers}
         self._timeout_s = config.limits.connect_timeout_ms / 1000
+        self._silence_s = config.limits.peer_silence_ms / 1000
         self._journal = journal
         self._context = context
         self._added: dict[str, str] = {}
@@ -64,7 +65,7 @@ class Peers:
 
     async def connect(self, name: str) -> WebSocketLink:
         """A link to that host. Raises as `address_of` and `connect_peer` do."""
-        return await connect_peer(name, self.address_of(name), self._context(), self._timeout_s)
+        return await connect_peer(name, self.address_of(name), self._context(), self._timeout_s, self._silence_s)
 
 
 def _join(address: str, port: int) -> str:

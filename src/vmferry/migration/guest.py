@@ -86,7 +86,7 @@ async def remove_ports(parts: HostParts, ports: list[Port]) -> None:
 async def build_guest(parts: HostParts, spec: VmSpec, ports: list[Port], *, incoming: bool) -> RunningGuest:
     """Starts QEMU for the VM, stopped (the caller continues it). Raises Failed `guest-start`; then nothing runs."""
     layout = await _layout(parts, spec, parts.guest_dir(spec.id), incoming=incoming, twin=False, ports=ports)
-    process = await start_guest(layout, [port.fd for port in ports], parts.user)
+    process = await start_guest(layout, [port.fd for port in ports], parts.user, parts.limits.start_s)
     return RunningGuest(spec, process, ports)
 
 
@@ -94,7 +94,7 @@ async def build_twin(parts: HostParts, spec: VmSpec, nonce: str, *, incoming: bo
     """Starts an un-booted twin without images and ports, for a rehearsal. Raises Failed `guest-start`."""
     run_dir = parts.run_dir / "twins" / f"{nonce}-{'in' if incoming else 'out'}"
     layout = await _layout(parts, spec, run_dir, incoming=incoming, twin=True, ports=[])
-    return RunningGuest(spec, await start_guest(layout, (), parts.user))
+    return RunningGuest(spec, await start_guest(layout, (), parts.user, parts.limits.start_s))
 
 
 async def adopt(parts: HostParts, spec: VmSpec, identity: ProcessIdentity) -> RunningGuest | None:

@@ -46,6 +46,7 @@ class EngineLimits:
 
     request_s: float
     prepare_s: float
+    start_s: float
     peer_silence_s: float
     disk_stall_s: float
     memory_stall_s: float
@@ -57,6 +58,7 @@ class EngineLimits:
     outgoing: int
     memory_reserve_bytes: int
     clock_difference_ms: int
+    bandwidth_bps: int  # for each migration of this host at the most, 0: no limit
 
 
 @dataclass(frozen=True, slots=True)
