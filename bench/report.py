@@ -23,6 +23,7 @@ from bench.plan import (
     Measured,
 )
 from bench.quiet import QUIET_SHARE
+from bench.steps import phases
 from bench.targets import Verdict, judge, median_of, rows_of
 
 _COLUMNS = ("tool", "blackout", "gap", "beyond", "lost", "total", "sent", "back", "runs")
@@ -48,6 +49,7 @@ def print_report(rows: Sequence[Measured]) -> bool:
         print(f"\n{LOADS[load].title}")
         _print_table(rows, load)
         _print_ratios(rows, load)
+        _print_phases(rows, load)
         found = judge(rows, load)
         verdicts += found
         for verdict in found:
@@ -119,6 +121,12 @@ def _print_ratios(rows: Sequence[Measured], load: str) -> None:
                 parts.append(f"{mine / other:.2f} of {tool}")
         if parts:
             print(f"  ours, {title}: {', '.join(parts)}")
+
+
+def _print_phases(rows: Sequence[Measured], load: str) -> None:
+    receipts = [row.details for row in rows_of(rows, load, OURS) if row.details.get("phases")]
+    if receipts:
+        print(f"  ours, by phase: {phases(receipts)}")
 
 
 def _print_faults(rows: Sequence[Measured]) -> None:

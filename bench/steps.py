@@ -18,10 +18,12 @@ from bench.plan import LOADS, Measured
 def print_steps(rows: Sequence[Measured]) -> None:
     """For each load: medians, least and most."""
     for load in LOADS:
-        receipts = [row.details for row in rows if row.load == load and row.details.get("switchover")]
-        if receipts:
-            print(f"\n{LOADS[load].title}: {len(receipts)} migrations")
-            _print_load(receipts)
+        mine = [row for row in rows if row.load == load and row.details.get("switchover")]
+        if mine:
+            print(f"\n{LOADS[load].title}: {len(mine)} migrations")
+            _print_load([row.details for row in mine])
+            _print_values("blackout by QEMU's events", [row.blackout_ms for row in mine if row.blackout_ms is not None])
+            _print_values("gap beyond it", [row.beyond_ms for row in mine if row.beyond_ms is not None])
 
 
 def _print_load(receipts: Sequence[dict[str, Any]]) -> None:
@@ -32,9 +34,13 @@ def _print_load(receipts: Sequence[dict[str, Any]]) -> None:
         share = "" if len(at) == len(receipts) else f"{len(at)}"
         waits = f"{statistics.median(took):9.2f}{max(took):9.2f}" if took else " " * 18
         print(f"  {name:28}{statistics.median(at):9.2f}{min(at):9.2f}{max(at):9.2f}{waits}   {share}")
-    print("  " + "  ".join(_phases(receipts)))
+    print(f"  {phases(receipts)}")
     for title, key in (("blackout", "blackout_ms"), ("total", "total_ms"), ("rounds", "rounds")):
-        values = [receipt[key] for receipt in receipts]
+        _print_values(f"{title} by the receipt", [receipt[key] for receipt in receipts])
+
+
+def _print_values(title: str, values: Sequence[float]) -> None:
+    if values:
         print(f"  {title}: median {statistics.median(values):.1f}, {min(values):.1f} to {max(values):.1f}")
 
 
@@ -54,7 +60,7 @@ def _took(receipts: Sequence[dict[str, Any]], name: str) -> Iterable[float]:
                 yield step["at_ms"] - before["at_ms"]
 
 
-def _phases(receipts: Sequence[dict[str, Any]]) -> Iterable[str]:
+def phases(receipts: Sequence[dict[str, Any]]) -> str:
     """Median length of each phase, to the precision of its recorded times."""
     lengths: dict[str, list[float]] = {}
     for receipt in receipts:
@@ -62,5 +68,4 @@ def _phases(receipts: Sequence[dict[str, Any]]) -> Iterable[str]:
             if phase["ended_at"]:
                 began, ended = (datetime.fromisoformat(phase[key]) for key in ("started_at", "ended_at"))
                 lengths.setdefault(phase["name"], []).append((ended - began).total_seconds() * 1000)
-    for name, values in lengths.items():
-        yield f"{name} {statistics.median(values):.0f} ms"
+    return ", ".join(f"{name} {statistics.median(values):.0f} ms" for name, values in lengths.items())
