@@ -350,7 +350,6 @@ class PeerSession:
             m.Prepare: self._prepare,
             m.PutBootFile: self._put_boot_file,
             m.StartGuest: lambda r: self._migration(r).start(),
-            m.DigestDisk: lambda r: self._migration(r).disks().digest(r),
             m.RedigestDisk: lambda r: self._migration(r).disks().redigest(r),
             m.StandBy: self._stand_by,
             m.PlugPorts: self._plug,

@@ -16,7 +16,7 @@ from pathlib import Path
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
-from vmferry.migration.messages import DigestDisk, DiskDigested, RedigestDisk
+from vmferry.migration.messages import DiskDigested, RedigestDisk
 from vmferry.model.errors import Failed
 from vmferry.model.names import stream_name
 from vmferry.model.receipt import DiskDigests as DiskVerdict
@@ -24,10 +24,11 @@ from vmferry.qemu.blocks import add_bitmap, remove_bitmap
 from vmferry.qemu.exports import export_readonly, remove_export, start_local_nbd_server, stop_exports
 from vmferry.qemu.layout import device_node
 from vmferry.qemu.monitor import QmpRefused
-from vmferry.storage.digest import DiskDigests, compare, digest_disk, pack, pack_part, redigest, unpack, with_part
+from vmferry.storage.digest import DiskDigests, blank_digests, compare, pack_part, redigest, with_part
 from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
 
 _REFRESH_EVERY_S = 0.15
+_STEP_BYTES = 128 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20
 
@@ -37,7 +38,7 @@ class DiskReader:
 
     def __init__(self, client: NbdClient) -> None:
         self._client = client
-        self._digests: DiskDigests | None = None
+        self._digests = blank_digests(client.size_bytes)
         self._turn = asyncio.Lock()
 
     @classmethod
@@ -47,15 +48,8 @@ class DiskReader:
 
     @property
     def digests(self) -> DiskDigests:
-        """Those of the last reading. Raises Failed `not-digested`."""
-        if self._digests is None:
-            raise Failed("not-digested", "The disk was not digested yet.", "")
+        """Those of what was read so far; what was never read counts as zeros."""
         return self._digests
-
-    async def digest(self) -> None:
-        """Reads the whole disk."""
-        async with self._turn:
-            self._digests = await asyncio.to_thread(digest_disk, self._client)
 
     async def redigest(self, extents: Sequence[Extent]) -> None:
         """Reads these extents again."""
@@ -99,12 +93,6 @@ def _own_context(stream_dir: Path) -> ssl.SSLContext:
     return context
 
 
-async def answer_digest(reader: DiskReader) -> DiskDigested:
-    """The target's answer to `DigestDisk`."""
-    await reader.digest()
-    return DiskDigested(await asyncio.to_thread(pack, reader.digests))
-
-
 async def answer_redigest(reader: DiskReader, request: RedigestDisk) -> DiskDigested:
     """The target's answer to `RedigestDisk`: only the digests of the chunks that were read again."""
     extents = _extents(request.extents)
@@ -123,9 +111,12 @@ class SourceProof:
         self._link = link
         self._migration_id = migration_id
         self._socket = guest.process.run_dir / "proof.sock"
-        self._disks = [disk.name for disk in guest.spec.disks]
+        self._sizes = {disk.name: disk.size_bytes for disk in guest.spec.disks}
+        self._disks = list(self._sizes)
+        self._fronts = dict.fromkeys(self._disks, 0)
+        self._front_moved = asyncio.Event()
         self._readers: dict[str, DiskReader] = {}
-        self._theirs: dict[str, DiskDigests] = {}
+        self._theirs = {name: blank_digests(size) for name, size in self._sizes.items()}
         self._round = 0
         self._turn = asyncio.Lock()
         self._go = asyncio.Event()
@@ -142,9 +133,25 @@ class SourceProof:
         for name in self._disks:
             self._readers[name] = await self._record(name, 0)
 
+    def moved(self, name: str, front_bytes: int) -> None:
+        """The mirror of a disk has got so far for the first time; at its end everything below is on the target."""
+        self._fronts[name] = max(self._fronts[name], front_bytes)
+        self._front_moved.set()
+
     async def run(self) -> None:
-        """Digests everything once, then what was written since, again and again. Ends only when it is cancelled."""
-        await asyncio.gather(*(self._digest(name) for name in self._disks))
+        """Reads everything once, close behind the mirrors; then what was written since, again and again.
+
+        What is read before the mirror has really written it differs, and is read once more. Ends only when cancelled.
+        """
+        done = dict.fromkeys(self._disks, 0)
+        while any(done[name] < self._sizes[name] for name in self._disks):
+            await self._front_moved.wait()
+            self._front_moved.clear()
+            for name in self._disks:
+                front = self._fronts[name]
+                if front - done[name] >= _STEP_BYTES or front == self._sizes[name] > done[name]:
+                    await self._read(name, (Extent(done[name], front - done[name], 0),))
+                    done[name] = front
         while True:
             async with self._turn:
                 await self._refresh()
@@ -166,13 +173,6 @@ class SourceProof:
     def frozen(self) -> bool:
         """Whether everything was read once and nothing is being read."""
         return self.proven and not self._reading and not self._go.is_set()
-
-    async def _digest(self, name: str) -> None:
-        request = DigestDisk(self._migration_id, name)
-        theirs, _ = await asyncio.gather(
-            self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), self._readers[name].digest()
-        )
-        self._theirs[name] = await asyncio.to_thread(unpack, theirs.digests)
 
     async def _record(self, name: str, number: int) -> DiskReader:
         node, bitmap = device_node(name), _bitmap(number)
@@ -197,8 +197,12 @@ class SourceProof:
     async def _read_again(self, name: str, extents: Sequence[Extent]) -> None:
         ours = self._readers[name]
         wanted = _merge(extents, compare(ours.digests, self._theirs[name], _MOST_DIFFERENCES), ours.digests.chunk_bytes)
-        if not wanted:
-            return
+        if wanted:
+            await self._read(name, wanted)
+
+    async def _read(self, name: str, wanted: Sequence[Extent]) -> None:
+        """Both sides read these extents and tell the digests."""
+        ours = self._readers[name]
         flat = tuple(number for extent in wanted for number in (extent.offset, extent.length))
         request = RedigestDisk(self._migration_id, name, flat)
         part, _ = await asyncio.gather(self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), ours.redigest(wanted))

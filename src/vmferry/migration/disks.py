@@ -17,7 +17,6 @@ from pathlib import Path
 from vmferry.migration.disk_proof import (
     DiskReader,
     SourceProof,
-    answer_digest,
     answer_redigest,
     clear_proof,
     open_target_readers,
@@ -25,7 +24,7 @@ from vmferry.migration.disk_proof import (
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
-from vmferry.migration.messages import DigestDisk, DiskDigested, RedigestDisk
+from vmferry.migration.messages import DiskDigested, RedigestDisk
 from vmferry.migration.streams import SOURCE_TLS, TARGET_TLS
 from vmferry.model.errors import Failed, NotFound, Refused
 from vmferry.model.names import stream_name
@@ -53,6 +52,7 @@ from vmferry.storage.pool import DirectoryPool, ImageRequest
 
 _LOOK_EVERY_S = 0.1
 _CLEAR_LIMIT_S = 10.0
+_BEHIND_BYTES = 32 << 20  # the proof reads so far behind a mirror that what it reads has mostly arrived
 _NODE = "migrate.target"  # a dot cannot be in the name of a disk, so no disk has such a node
 
 
@@ -128,10 +128,6 @@ class TargetDisks:
         if provable:
             self._readers = await open_target_readers(self._parts, self._guest, self._port)
         return self._port
-
-    async def digest(self, request: DigestDisk) -> DiskDigested:
-        """Digests of the disk as it is now."""
-        return await answer_digest(self._reader(request.disk))
 
     async def redigest(self, request: RedigestDisk) -> DiskDigested:
         """Reads the extents again."""
@@ -216,6 +212,7 @@ class SourceDisks:
                 samples = await observe_mirrors(monitor)
                 progress = _progress(samples, rate)
                 report(progress)
+                self._tell_fronts(samples)
                 if progress.done_bytes != last:
                     moved_at, last = time.monotonic(), progress.done_bytes
                 elif time.monotonic() - moved_at > stall_s:
@@ -231,6 +228,17 @@ class SourceDisks:
             await asyncio.gather(ready, return_exceptions=True)  # or asyncio complains that nobody looked at it
         await make_write_blocking(monitor, self._mirrors, stall_s)
         report(_progress(await observe_mirrors(monitor), rate))
+        if self._proof is not None:
+            for disk in self._guest.spec.disks:
+                self._proof.moved(disk.name, disk.size_bytes)
+
+    def _tell_fronts(self, samples: Sequence[MirrorSample]) -> None:
+        """How far each mirror has got in its first pass: what it has done, whatever the guest writes meanwhile."""
+        done = {sample.job_id: sample.offset for sample in samples}
+        for mirror, disk in zip(self._mirrors, self._guest.spec.disks, strict=True):
+            front = min(done.get(mirror.job_id, 0), disk.size_bytes) - _BEHIND_BYTES
+            if self._proof is not None and front > 0:
+                self._proof.moved(disk.name, front - front % _BEHIND_BYTES)
 
     async def in_step(self) -> bool:
         """Whether every write is on both sides now."""
@@ -243,9 +251,10 @@ class SourceDisks:
 
     async def prove(self, link: PeerLink, migration_id: str) -> None:
         """Compares both copies, and what is written again and again, until it is cancelled."""
-        self._proof = SourceProof(self._guest, link, migration_id)
-        await self._proof.open()
-        await self._proof.run()
+        proof = SourceProof(self._guest, link, migration_id)
+        self._proof = proof
+        await proof.open()
+        await proof.run()
 
     def freeze_proof(self, freeze: bool) -> bool:
         """Whether everything is proven but the writes of the last moments, and nothing is being read."""

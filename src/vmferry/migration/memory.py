@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 
 from vmferry.migration.convergence import Goal, PassStart, Step, decide, next_pass_ms
 from vmferry.migration.guest import RunningGuest
@@ -29,7 +29,9 @@ from vmferry.qemu.monitor import EventStream, QmpEvent
 
 _LOOK_EVERY_S = 0.05
 _HOLD_BYTES_PER_S = 4096  # one page a window of 100 ms; below 10 it would mean "no limit"
-_NEAR_S = 0.25  # what is left of a pass, at the present rate
+_NEAR_S = 0.25  # what is left of a pass
+_ENDING_S = 0.03  # the same, at the best pace: about two looks
+_LOOK_NEAR_EVERY_S = 0.01
 _STOP_BEFORE_END_S = 0.002
 _LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network waits for no longer than this
 _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
@@ -53,6 +55,7 @@ class MemoryCopy:
         self._seen = (0, 0, 0.0)
         self._held = False
         self._near = False
+        self._ending = False
         self._began = 0.0
         self._throttle = 0
         self._moved_at = 0.0
@@ -78,7 +81,8 @@ class MemoryCopy:
         guest by itself (nothing was left).
         """
         async with self._guest.monitor.subscribe(_EVENTS) as events:
-            async for event in _events_or_ticks(events):
+            while True:
+                event = await _event_or_tick(events, _LOOK_NEAR_EVERY_S if self._near else _LOOK_EVERY_S)
                 sample = await self._look(stall_s)
                 if _stopped(event):
                     return
@@ -140,17 +144,23 @@ class MemoryCopy:
 
     def _is_near(self, sample: MemorySample) -> bool:
         """Whether the switchover may come soon: what is left of the pass is short (with hysteresis)."""
-        limit_s = max(_NEAR_S, self._goal.max_blackout_ms / 1000) * (4 if self._near else 1)
+        slack = 4 if self._near else 1
+        by_rate_s = sample.remaining_bytes / max(self._rate, _SMALLEST_RATE)
+        near = (
+            by_rate_s < max(_NEAR_S, self._goal.max_blackout_ms / 1000) * slack
+            or self._left_s(sample) < _NEAR_S * slack
+        )
         started = sample.dirty_sync_count > 0 and sample.status == "active"
-        self._near = started and self._left_s(sample) < limit_s
+        self._near = started and near
+        self._ending = started and self._left_s(sample) < _ENDING_S
         return self._near
 
     async def _hold(self, ready: bool) -> None:
         """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end."""
-        if self._near and not ready and not self._held:
+        if self._ending and not ready and not self._held:
             self._held = True
             await set_bandwidth(self._guest.monitor, _HOLD_BYTES_PER_S)
-        elif self._held and (ready or not self._near):
+        elif self._held and ready:
             self._held = False
             await set_bandwidth(self._guest.monitor, self._bandwidth)
 
@@ -254,10 +264,9 @@ def _stopped(event: QmpEvent | None) -> bool:
     return event is not None and (event.name == "STOP" or event.data.get("status") == "pre-switchover")
 
 
-async def _events_or_ticks(events: EventStream) -> AsyncIterator[QmpEvent | None]:
-    """Every event as it comes, and None when there was none for a while."""
-    while True:
-        try:
-            yield await asyncio.wait_for(events.get(), _LOOK_EVERY_S)
-        except TimeoutError:
-            yield None
+async def _event_or_tick(events: EventStream, within_s: float) -> QmpEvent | None:
+    """The next event, or None when there was none for so long."""
+    try:
+        return await asyncio.wait_for(events.get(), within_s)
+    except TimeoutError:
+        return None

@@ -161,14 +161,6 @@ class StartGuest:
 
 
 @dataclass(frozen=True, slots=True)
-class DigestDisk:
-    """Digest the whole disk as it is now (it may be written meanwhile)."""
-
-    migration_id: str
-    disk: str
-
-
-@dataclass(frozen=True, slots=True)
 class RedigestDisk:
     """Read these extents again (offset, length, ...), as pairs in one flat tuple; their chunks are digested anew."""
 
@@ -179,7 +171,7 @@ class RedigestDisk:
 
 @dataclass(frozen=True, slots=True)
 class DiskDigested:
-    """The digests, as `vmferry.storage.digest` packs them."""
+    """The digests of the chunks that were read, as `vmferry.storage.digest.pack_part` packs them."""
 
     digests: str
 
@@ -326,7 +318,6 @@ Request = (
     | Prepare
     | PutBootFile
     | StartGuest
-    | DigestDisk
     | RedigestDisk
     | StandBy
     | PlugPorts
@@ -350,7 +341,6 @@ REPLIES: dict[type, type] = {
     Prepare: Prepared,
     PutBootFile: Done,
     StartGuest: Prepared,
-    DigestDisk: DiskDigested,
     RedigestDisk: DiskDigested,
     StandBy: Done,
     PlugPorts: Done,

@@ -93,6 +93,7 @@ class SourceMigration:
     _disks: SourceDisks | None = None
     _memory: MemoryCopy | None = None
     _reader: MemoryReader | None = None
+    _proof: asyncio.Task[None] | None = None
     _standing_by: asyncio.Task[None] | None = None
     _committed: bool = False
 
@@ -171,8 +172,13 @@ class SourceMigration:
             self._reader = await asyncio.to_thread(map_memory, self.guest)
         self.events.phase(Phase.COPY)
         async with self._watched():
-            await self._copy_disks()
-            await self._copy_memory(prepared, peer_address)
+            if self._proves_disks:
+                self._proof = asyncio.create_task(self._disks.prove(self.link, self.record.id))
+            try:
+                await self._copy_disks()
+                await self._copy_memory(prepared, peer_address)
+            finally:
+                await _end(self._proof)
 
     def _goal(self) -> Goal:
         return Goal(
@@ -193,7 +199,6 @@ class SourceMigration:
     async def _copy_memory(self, prepared: Prepared, peer_address: str) -> None:
         monitor, memory = self.guest.monitor, _require(self._memory)
         switchover = self._arm_switchover()
-        proof: asyncio.Task[None] | None = None
         try:
             settings = StreamSettings(
                 postcopy=self.options.post_copy is PostCopy.ALLOW,
@@ -204,11 +209,9 @@ class SourceMigration:
             )
             await prepare_source(monitor, settings)
             await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
-            if switchover.verify_disks:
-                proof = asyncio.create_task(_require(self._disks).prove(self.link, self.record.id))
             switchover.timeline.mark("memory started")
             await memory.start(peer_address, prepared.memory_port)
-            await memory.converge(lambda near: self._rest_is_ready(near, proof), self.parts.limits.memory_stall_s)
+            await memory.converge(self._rest_is_ready, self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
             # Now: the target ends these connections before anybody has time to look at them.
             counting = asyncio.create_task(asyncio.to_thread(_require(self._disks).sent_bytes))
@@ -218,16 +221,13 @@ class SourceMigration:
             switchover.disarm()
             raise
         finally:
-            for task in (proof, self._standing_by):
-                if task is not None:
-                    task.cancel()
-                    await asyncio.gather(task, return_exceptions=True)
+            await _end(self._standing_by)
 
-    def _rest_is_ready(self, near: bool, proof: asyncio.Task[None] | None) -> bool:
+    def _rest_is_ready(self, near: bool) -> bool:
         """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
-        if proof is not None and proof.done():
-            proof.result()
-        proven = proof is None or _require(self._disks).freeze_proof(near)
+        if self._proof is not None and self._proof.done():
+            self._proof.result()
+        proven = self._proof is None or _require(self._disks).freeze_proof(near)
         if not near:
             self._standing_by = None  # what was written out by then is written anew before the end
         if proven:
@@ -248,6 +248,10 @@ class SourceMigration:
         await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
         _require(self.measured.switchover).timeline.mark("standing by")
 
+    @property
+    def _proves_disks(self) -> bool:
+        return self.options.verify is not Verify.NONE and bool(self.guest.spec.disks)
+
     def _longest_stop_s(self) -> float:
         """How long the guest may stand still before it is let run again here."""
         limit_s = max(self.parts.limits.stopped_s, self.options.max_blackout_ms * 1.5 / 1000)
@@ -263,7 +267,7 @@ class SourceMigration:
             gates=_require(self._gates),
             disks=_require(self._disks),
             verify_memory=self._reader,
-            verify_disks=self.options.verify is not Verify.NONE and bool(self.guest.spec.disks),
+            verify_disks=self._proves_disks,
             limit_s=self._longest_stop_s(),
         )
         switchover.arm()
@@ -477,6 +481,13 @@ async def ask_target(
         return PeerSays.UNREACHABLE
     finally:
         await link.close()
+
+
+async def _end(task: asyncio.Task[None] | None) -> None:
+    """Cancels a task of ours and waits for its end, whatever that is."""
+    if task is not None:
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
 
 def _require(part: T | None) -> T:

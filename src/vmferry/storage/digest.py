@@ -82,6 +82,12 @@ def chunk_bytes_for(size_bytes: int) -> int:
     return chunk
 
 
+def blank_digests(size_bytes: int) -> DiskDigests:
+    """Those of a disk of that size that is all zeros: to begin with, where a disk is read piece by piece. Pure."""
+    chunk = chunk_bytes_for(size_bytes)
+    return DiskDigests(size_bytes, chunk, bytes(_DIGEST_BYTES * -(-size_bytes // chunk)))
+
+
 def digest_disk(client: NbdClient, chunk_bytes: int = 0, watch: Watch | None = None) -> DiskDigests:
     """Reads all of the disk that is not known to be zero. `chunk_bytes` 0 is `chunk_bytes_for` its size.
 
