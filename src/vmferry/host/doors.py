@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import grp
 import os
+import ssl
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _OPEN_TO_NEWCOMERS = frozenset({"/v1/ca", "/v1/join"})
 _CLOSE_S = 1.0
+_FATAL = b"\x02"  # AlertLevel, RFC 8446, section 6
 
 
 class Doors:
@@ -39,6 +41,7 @@ class Doors:
             await asyncio.to_thread(warm_codecs)
             joining = has_ca(config.tls_dir)
             context = self._daemon.server_context(joining=joining)
+            _tell_refusals(context)
             runner = await self._runner(self._peer_app(joining=joining))
             site = web.TCPSite(runner, config.migration.address, config.migration.port, ssl_context=context)
             await self._start(site, f"{config.migration.address}:{config.migration.port}")
@@ -98,6 +101,21 @@ class Doors:
         session = self._daemon.incoming.session(request["peer"])
         silence_s = self._daemon.config.limits.peer_silence_ms / 1000
         return await serve_peer(request, session.handle, session.close, silence_s)
+
+
+def _tell_refusals(context: ssl.SSLContext) -> None:
+    """Logs why a certificate was refused: asyncio drops what ends a handshake, and aiohttp never hears of it.
+
+    The module's own hook for what goes over the line (CPython Lib/ssl.py, `_msg_callback`, there since 3.8); the
+    address of the other side is not known to it.
+    """
+
+    def look(_: object, direction: str, version: object, content: object, kind: object, data: bytes) -> None:
+        if direction == "write" and getattr(content, "name", "") == "ALERT" and data[:1] == _FATAL:
+            why = str(getattr(kind, "name", kind)).lower().replace("_", " ")
+            log.alarm("tls-refused", why=why, fix="A host of another CA, one without a certificate, or clocks apart?")
+
+    setattr(context, "_msg_callback", look)  # noqa: B010 - typeshed does not know it
 
 
 def _give_to_group(path: Path, name: str) -> None:

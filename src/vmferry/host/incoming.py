@@ -151,7 +151,8 @@ class Incoming:
         vm = self._vms.by_id(record.vm_id)
         if vm is None or vm.guest is None:
             return m.RunningSeen(False, 0, 0, None)
-        return m.RunningSeen(await wait_vcpus_advance(vm.guest.process, vm.guest.monitor), 0, 0, None)
+        running = vm.wanted == "paused" or await wait_vcpus_advance(vm.guest.process, vm.guest.monitor)
+        return m.RunningSeen(running, 0, 0, None)
 
     async def _require_record(self, migration_id: str, peer: str) -> MigrationRecord:
         for record in await self._journal.list_migrations():

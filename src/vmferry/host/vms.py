@@ -319,7 +319,8 @@ class Vms:
 
     def receive(self, spec: VmSpec, guest: RunningGuest | None, state: RunState, claimed_by: str) -> Vm:
         """A VM that arrived; its guest is watched from now on."""
-        vm = Vm(spec=spec, owned=True, wanted="running", state=state, claimed_by=claimed_by)
+        wanted = "paused" if state is RunState.PAUSED else "running"
+        vm = Vm(spec=spec, owned=True, wanted=wanted, state=state, claimed_by=claimed_by)
         self._vms[spec.name] = vm
         if guest is not None:
             self._attach(vm, guest)

@@ -47,7 +47,7 @@ from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, s
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
-_FRAMES_PATIENCE_S = 0.7
+_FRAMES_PATIENCE_S = 0.3
 _SLOW_DIGEST_RATE = 256 << 20  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
 
@@ -135,11 +135,25 @@ class SourceMigration:
         try:
             prepared = await self._prepare()
             await self._copy_and_switch(prepared)
-        except BaseException:
+        except BaseException as error:
             if not self._committed:
                 await asyncio.shield(asyncio.ensure_future(self._undo()))
+                if isinstance(error, VmferryError) and await self._has_guest_ended():
+                    raise await self._guest_ended() from error
             raise
         await self._hand_off()
+
+    async def _has_guest_ended(self) -> bool:
+        """Whether its end is what went wrong: mirrors, stream and QMP break off first, in any order."""
+        if self.guest.process.running and not self.problems:
+            return False
+        try:
+            async with asyncio.timeout(_QMP_PATIENCE_S):
+                await self.guest.process.exited()
+        except TimeoutError:
+            return False
+        self.problems.clear()  # what could not be undone in it has gone with it
+        return True
 
     # -- prepare and copy --------------------------------------------------------------------------------------------
 

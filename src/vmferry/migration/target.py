@@ -300,9 +300,12 @@ class TargetMigration:
             self._gates.announce_again()
 
     async def ask_running(self) -> RunningSeen:
-        """Whether the guest's vCPUs were seen to advance since the take, and what the new ports counted."""
+        """Whether the guest's vCPUs were seen to advance since the take, and what the new ports counted.
+
+        One that was paused on the source is alive when it is here, paused.
+        """
         guest = self._require_guest()
-        running = await wait_vcpus_advance(guest.process, guest.monitor, _ALIVE_WITHIN_S)
+        running = not self.wanted_running or await wait_vcpus_advance(guest.process, guest.monitor, _ALIVE_WITHIN_S)
         held, dropped = (await self._gates.counters()) if self._gates else (0, 0)
         return RunningSeen(running, held, dropped, None)
 

@@ -200,7 +200,8 @@ async def finish_mirrors(monitor: Monitor, mirrors: Sequence[Mirror]) -> None:
     """
     orders = (monitor.execute("block-job-cancel", device=mirror.job_id) for mirror in mirrors)
     # Not job-cancel: that one means "give up" for a mirror that is ready (qemu-notes 0.11).
-    await asyncio.gather(*orders, *(mirror.ended for mirror in mirrors))
+    # Shielded: whoever gives up waiting must still be able to wait for their end when it cancels them.
+    await asyncio.gather(*orders, *(asyncio.shield(mirror.ended) for mirror in mirrors))
 
 
 async def clean_mirrors(monitor: Monitor, mirrors: Sequence[Mirror]) -> None:
