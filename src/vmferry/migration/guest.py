@@ -16,6 +16,7 @@ from vmferry.model.errors import Failed, Refused
 from vmferry.model.vm import DirectBoot, FirmwareBoot, VmSpec
 from vmferry.network.ports import Port, PortRequest, adopt_port, close_port, create_port, port_name, remove_port
 from vmferry.network.switches import SwitchConfig
+from vmferry.qemu.cpu import CpuFeatures
 from vmferry.qemu.layout import FirmwareFiles, GuestLayout
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.monitor import Monitor
@@ -34,6 +35,7 @@ class RunningGuest:
     spec: VmSpec
     process: GuestProcess
     ports: list[Port] = field(default_factory=list)
+    cpu: CpuFeatures | None = None
 
     @property
     def monitor(self) -> Monitor:

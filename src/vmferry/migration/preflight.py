@@ -96,12 +96,19 @@ async def _facts(parts: HostParts, guest: RunningGuest) -> SourceFacts:
         protocol=PROTOCOL_VERSION,
         qemu_version=_version(parts),
         accel=parts.accel,
-        cpu=await observe_guest_cpu(guest.monitor),
+        cpu=await _cpu_of(guest),
         machine=guest.spec.machine,
         clock_unix_ms=time.time() * 1000,
         switch_mtu=mtus,
         disk_bytes=allocated,
     )
+
+
+async def _cpu_of(guest: RunningGuest) -> CpuFeatures:
+    """Asked once in the life of the process: some hundred questions, and the answers never change."""
+    if guest.cpu is None:
+        guest.cpu = await observe_guest_cpu(guest.monitor)
+    return guest.cpu
 
 
 async def _allocated(disk: Disk) -> int:

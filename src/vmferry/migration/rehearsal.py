@@ -29,6 +29,8 @@ from vmferry.qemu.memory_stream import (
 )
 
 _LIMIT_S = 20.0
+# Reading the twin's empty memory in order to send it would allocate all of it, and take a minute for a large guest.
+_IGNORE = "x-ignore-shared"
 
 
 class TargetTwin:
@@ -45,6 +47,7 @@ class TargetTwin:
         try:
             await add_target_tls(parts, twin.monitor, source)
             settings = StreamSettings(
+                ignore_shared=_IGNORE in parts.features.capabilities,
                 tls_creds=TARGET_TLS.creds(parts),
                 tls_authz=TARGET_TLS.authz(parts),
                 pause_before_switchover=False,
@@ -117,6 +120,7 @@ async def _send(parts: HostParts, link: PeerLink, twin: RunningGuest, port: int)
     """Migrates our twin; what went wrong, or ""."""
     await add_source_tls(parts, twin.monitor)
     settings = StreamSettings(
+        ignore_shared=_IGNORE in parts.features.capabilities,
         tls_creds=SOURCE_TLS.creds(parts),
         tls_hostname=stream_name(link.peer) if parts.stream_dir else "",
         pause_before_switchover=False,

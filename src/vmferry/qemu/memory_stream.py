@@ -28,6 +28,7 @@ class StreamSettings:
     auto_converge: bool = False
     late_block_activate: bool = False
     validate_uuid: bool = True
+    ignore_shared: bool = False  # RAM that is shared memory is not sent, only its blocks are compared
     pause_before_switchover: bool = True
     tls_creds: str = ""  # id of a tls-creds object; "": plain
     tls_hostname: str = ""  # source: what the target's certificate must be for
@@ -242,6 +243,7 @@ async def _set_capabilities(monitor: Monitor, settings: StreamSettings, source: 
         "late-block-activate": settings.late_block_activate,
         "validate-uuid": settings.validate_uuid,
         "auto-converge": source and settings.auto_converge,
+        "x-ignore-shared": settings.ignore_shared,
         "multifd": settings.channels > 0,
         "postcopy-ram": settings.postcopy,
     }
