@@ -14,8 +14,8 @@ from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpe
 from vmferry.network.ports import Port, plug
 from vmferry.network.priming import prime_port
 
-_QUIET_S = 0.5
-_LOOK_EVERY_S = 0.1
+_QUIET_S = 0.4
+_LOOK_EVERY_S = 0.05
 _SETTLE_MS = 4.0
 
 
@@ -102,7 +102,7 @@ class SourceGates:
         )
 
     async def forward_until_quiet(self, limit_s: float) -> GateCounters:
-        """Waits until no unicast frame for the VM came for half a second, at most `limit_s`; the last counters."""
+        """Waits until no unicast frame for the VM came for a while, at most `limit_s`; the last counters."""
         until = time.monotonic() + limit_s
         counters = await self.traffic()
         quiet_since = time.monotonic()
