@@ -233,7 +233,8 @@ class Rig:
         assert self.owners(guest.name) == [(host, RunState.RUNNING)]
         assert guest.since is not None
         status = wait_until_beating(guest.client, guest.client.status(20.0), 20.0)
-        assert not judge_status(guest.since, status)
+        wrong = judge_status(guest.since, status)
+        assert not wrong, (wrong, guest.since, status)
         guest.since = status
         self.require_running_at_most_once(guest)
 
