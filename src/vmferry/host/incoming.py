@@ -106,7 +106,15 @@ class Incoming:
         return await asyncio.shield(asyncio.ensure_future(self._take(migration, request)))
 
     async def _take(self, migration: TargetMigration, request: m.Take) -> m.Taken:
-        taken = await migration.take(request)
+        try:
+            taken = await migration.take(request)
+        except VmferryError as error:
+            if migration.record.state is RecordState.TAKEN and self._vms.by_id(migration.record.vm_id) is None:
+                # It is this host's for good, and its QEMU has died before it ran: its disks are here.
+                vm = self._vms.receive(migration.record.spec, None, RunState.FAILED, "")
+                vm.problem = f"Its QEMU ended as it arrived: {error.message}"
+                log.alarm("taken-and-ended", id=migration.record.id, vm=migration.record.vm_name, problem=error.message)
+            raise
         self._background(self._settle_in(migration, request.run))
         return taken
 

@@ -38,6 +38,7 @@ _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
 _LONG_PASS_S = 1.0
+_BROKEN = "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again."
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
 
@@ -96,7 +97,9 @@ class MemoryCopy:
         sample = await observe_migration(self._guest.monitor)
         self._watch_progress(sample, stall_s)
         if sample.status in ("failed", "cancelled"):
-            raise Failed("memory-stream", f"The memory stream broke off: {sample.error_desc or sample.status}.", "")
+            raise Failed(
+                "memory-stream", f"The memory stream broke off: {sample.error_desc or sample.status}.", _BROKEN
+            )
         return sample
 
     def _watch_progress(self, sample: MemorySample, stall_s: float) -> None:
@@ -225,12 +228,15 @@ class MemoryCopy:
         switchover.close_gate()
         plugging = asyncio.create_task(switchover.plug())
         try:
-            if self.post_copy:
-                await start_postcopy(self._guest.monitor)
-            else:
-                await self._last_pass(switchover)
+            async with switchover.limited():  # also what QEMU does meanwhile: it hangs in a flush when the link is dead
+                if self.post_copy:
+                    await start_postcopy(self._guest.monitor)
+                else:
+                    await self._last_pass(switchover)
+                await plugging
         finally:
-            await plugging
+            plugging.cancel()
+            await asyncio.gather(plugging, return_exceptions=True)
 
     async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
         """Until a pass begins, or the guest has stopped."""

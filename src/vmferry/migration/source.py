@@ -48,7 +48,7 @@ from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.3
-_SLOW_DIGEST_RATE = 256 << 20  # bytes of guest memory a second that even a busy host can hash
+_SLOW_DIGEST_RATE = 1 << 30  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
 
 

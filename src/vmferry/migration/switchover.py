@@ -69,6 +69,7 @@ class Switchover:
     memory: MemoryDigests | None = None
     _exports_ended: asyncio.Task[Done] | None = None
     _late: bool = False
+    _until: float | None = None  # by the loop's clock, once the gate is closed
     _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
     disk_digests: tuple[DiskDigests, ...] = ()
@@ -95,34 +96,37 @@ class Switchover:
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
         self.gates.arm()
-        await self.link.call(PlugPorts(self.migration_id), Done, timeout_s=5)
+        async with self.limited():
+            await self.link.call(PlugPorts(self.migration_id), Done, timeout_s=_ANY_TIME_S)
         self.timeline.mark("target plugged")
 
     def close_gate(self) -> None:
-        """From now on the guest's frames go to the target. No await."""
+        """From now on the guest's frames go to the target, for at most `limit_s` until it runs there. No await."""
+        self._until = asyncio.get_running_loop().time() + self.limit_s
         self.gates.close()
         self._late = self.stopped.done()
         self.timeline.mark("gate closed late" if self._late else "gate closed")
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""
-        async with self._limited():
+        async with self.limited():
             await self._wait_for_stop()
-        async with self._limited():
+        async with self.limited():
             loaded = await self._transfer()
             if self._memory_here is not None:
                 self._compare_memory(await self._memory_here, loaded)
 
     async def transfer_disks(self) -> None:
         """Post-copy: the same up to the disks; memory and state follow after the handoff is written."""
-        async with self._limited():
+        async with self.limited():
             await self._wait_for_stop()
-        async with self._limited():
+        async with self.limited():
             await self._complete_disks()
 
     async def start_post_copy(self) -> None:
         """Post-copy, with the handoff written: the target gets the state and may run; memory follows on demand."""
-        async with self._limited():
+        self._until = None  # there is no way back: what this has to take it may take
+        async with self.limited():
             active = expect_status(self.guest.monitor, "postcopy-active", "completed", "failed")
             try:
                 await continue_switchover(self.guest.monitor)
@@ -149,9 +153,11 @@ class Switchover:
                 )
 
     @contextlib.asynccontextmanager
-    async def _limited(self) -> AsyncIterator[None]:
+    async def limited(self) -> AsyncIterator[None]:
+        """Raises Failed `switchover-stalled` when the block takes longer than is left since the gate was closed."""
+        until = self._until or asyncio.get_running_loop().time() + self.limit_s
         try:
-            async with asyncio.timeout(self.limit_s):
+            async with asyncio.timeout_at(until):
                 yield
         except TimeoutError as error:
             raise Failed(

@@ -21,11 +21,14 @@ _JOB_EVENTS = ("BLOCK_JOB_READY", "BLOCK_JOB_COMPLETED", "BLOCK_JOB_CANCELLED", 
 _SYNC_LOOK_EVERY_S = 0.01
 
 
+_UNHARMED = "The guest is unharmed. Look at the target's pool (full?) and at the migration network, then migrate again."
+
+
 class MirrorFailed(Failed):
     """A mirror ended with an error. The guest is unharmed, the target is no copy."""
 
     def __init__(self, job_id: str, reason: str) -> None:
-        super().__init__("mirror-failed", f"The copy of disk {job_id} broke off: {reason}.", "The guest is unharmed.")
+        super().__init__("mirror-failed", f"The copy of disk {job_id} broke off: {reason}.", _UNHARMED)
         self.job_id = job_id
 
 
