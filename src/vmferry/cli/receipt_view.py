@@ -40,7 +40,8 @@ def show_receipt(receipt: Receipt, signature: tuple[bool, str]) -> None:
 def _short(receipt: Receipt) -> Facts:
     predicted = receipt.predicted
     expected = f"  (predicted {format_range(predicted.blackout_ms)})" if predicted else ""
-    yield "pause", text(format_ms(receipt.blackout_ms), "bold") + text(expected, "dim")
+    pause = "not measured" if receipt.blackout_ms is None else format_ms(receipt.blackout_ms)
+    yield "pause", text(pause, "bold") + text(expected, "dim")
     expected = f"  (predicted {format_range(predicted.total_ms)})" if predicted else ""
     yield "total", text(format_ms(receipt.total_ms)) + text(expected, "dim")
     memory, disks = format_size(receipt.bytes.memory), format_size(receipt.bytes.disks)

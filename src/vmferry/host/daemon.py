@@ -91,7 +91,7 @@ class Daemon:
         self.vms = Vms(parts, self.journal, VmFiles(parts))
         self.joining = Joining(config, self.journal, self.peers)
         self.migrations = Migrations(parts, self.journal, self.vms, self.peers, self.views, config.tls_dir)
-        self.incoming = Incoming(parts, self.journal, self.vms, self.peers, self.views)
+        self.incoming = Incoming(parts, self.journal, self.vms, self.peers, self.views, config.tls_dir)
         await self._recover()
 
     async def _recover(self) -> None:
@@ -111,7 +111,11 @@ class Daemon:
             await self.vms.plug_ports(vm)
         for record in open_records:
             log.event("migration-left-open", id=record.id, role=record.role, state=record.state)
-            await self._resume(record)
+            try:
+                await self._resume(record)
+            except VmferryError as error:
+                # One that cannot be tidied up must not keep all other VMs from being managed; the record stays open.
+                log.alarm("migration-not-resumed", id=record.id, problem=error.message, fix=error.fix)
         await self.migrations.sweep_gates()
 
     async def _resume(self, record: MigrationRecord) -> None:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Callable, Iterable
+from pathlib import Path
 
+from vmferry.api.codec import decode
+from vmferry.api.signing import check_document
 from vmferry.host import log
 from vmferry.host.heap import give_memory_back
 from vmferry.host.journal import Journal
@@ -25,29 +28,36 @@ from vmferry.migration.preflight import HostUse, TargetChecks
 from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.rehearsal import TargetTwin
 from vmferry.migration.target import TargetHooks, TargetMigration, clear_reserved
-from vmferry.model.errors import Conflict, NotFound, Refused, VmferryError
+from vmferry.model.errors import Conflict, NotFound, Refused, VmferryError, WrongInput
 from vmferry.model.migration import MigrationView, Mode, Outcome, Phase, PhaseTime, Progress, Reason, Role
+from vmferry.model.receipt import Receipt
 from vmferry.model.vm import RunState
 from vmferry.qemu.cpu import CpuFeatures
 from vmferry.qemu.liveness import wait_vcpus_advance
 
 _ASK_PAUSE_S = (0.2, 0.5, 1, 2, 5)
 _SOURCE_RETURNS_S = 60.0
+_CLOSE_LIMIT_S = 1800.0  # a source that keeps a reservation for ever does not keep the daemon alive
+_MOST_TWINS = 8
 
 
 class Incoming:
     """The registry of migrations that come to this host."""
 
-    def __init__(self, parts: HostParts, journal: Journal, vms: Vms, peers: Peers, views: MigrationViews) -> None:
+    def __init__(
+        self, parts: HostParts, journal: Journal, vms: Vms, peers: Peers, views: MigrationViews, tls_dir: Path
+    ) -> None:
         self.parts = parts
         self._journal = journal
         self._vms = vms
         self._peers = peers
         self._views = views
+        self._tls_dir = tls_dir
         self._migrations: dict[str, TargetMigration] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._reserved_bytes: dict[str, int] = {}
         self._left = asyncio.Event()
+        self._closing = False
         self.cpus: dict[tuple[str, str], CpuFeatures] = {}
 
     def session(self, peer: str) -> PeerSession:
@@ -74,13 +84,17 @@ class Incoming:
 
     async def prepare(self, request: m.Prepare, peer: str) -> m.Prepared:
         """Reserves. Raises Refused `incoming-limit`, `memory-room` and what the reservation raises."""
-        use = await self.use()
-        if use.incoming >= self.parts.limits.incoming:
-            raise Refused("incoming-limit", f"{self.parts.name} has {use.incoming} incoming migrations.", "Wait.")
-        if request.spec.memory_bytes > use.free_memory_bytes:
-            raise Refused("memory-room", f"{self.parts.name} has no room for its memory any more.", "Check again.")
+        if self._closing:
+            raise Refused("stopping", f"vmferryd on {self.parts.name} is being stopped.", "Start it again first.")
+        if request.migration_id in self._reserved_bytes or request.migration_id in self._migrations:
+            raise Conflict("migration-exists", f"Migration {request.migration_id[:40]} is known here already.", "")
+        # Counted and reserved before anything is waited for: many may ask at once.
+        if len(self._reserved_bytes) >= self.parts.limits.incoming:
+            raise Refused("incoming-limit", f"{self.parts.name} takes no more incoming migrations now.", "Wait.")
         self._reserved_bytes[request.migration_id] = request.spec.memory_bytes
         try:
+            if (await self.use()).free_memory_bytes < 0:
+                raise Refused("memory-room", f"{self.parts.name} has no room for its memory any more.", "Check again.")
             hooks = TargetHooks(on_taken=self._on_taken)
             migration = await TargetMigration.reserve(self.parts, hooks, request, peer)
         except BaseException:
@@ -109,11 +123,12 @@ class Incoming:
         try:
             taken = await migration.take(request)
         except VmferryError as error:
-            if migration.record.state is RecordState.TAKEN and self._vms.by_id(migration.record.vm_id) is None:
-                # It is this host's for good, and its QEMU has died before it ran: its disks are here.
-                vm = self._vms.receive(migration.record.spec, None, RunState.FAILED, "")
-                vm.problem = f"Its QEMU ended as it arrived: {error.message}"
-                log.alarm("taken-and-ended", id=migration.record.id, vm=migration.record.vm_name, problem=error.message)
+            if migration.record.state is RecordState.TAKEN:
+                # It is this host's for good, though its QEMU has failed before it ran: managed from now on.
+                log.alarm(
+                    "taken-and-failed", id=migration.record.id, vm=migration.record.vm_name, problem=error.message
+                )
+                self._background(self._settle_in(migration, request.run))
             raise
         self._background(self._settle_in(migration, request.run))
         return taken
@@ -142,13 +157,25 @@ class Incoming:
         if migration is None or migration.record.peer != peer:
             # Taken in an earlier life of this daemon: only the receipt is new.
             await self._require_record(request.migration_id, peer)
+            await self._require_receipt(request.receipt, peer)
             await self._journal.save_document(request.migration_id, "receipt", request.receipt)
             return
+        if migration.record.state is not RecordState.TAKEN:
+            raise Conflict("not-taken", "This host has not taken the VM: there is nothing to finish.", "Abort it.")
+        receipt = await self._require_receipt(request.receipt, peer)
         await migration.finish(request.receipt)
         self._forget(request.migration_id)
-        blackout, total = request.receipt.get("blackout_ms"), request.receipt.get("total_ms")
+        blackout, total = (receipt.blackout_ms, receipt.total_ms) if receipt else (None, None)
         await self._views.end(request.migration_id, Outcome.COMPLETED, None, blackout_ms=blackout, total_ms=total)
         await asyncio.to_thread(give_memory_back)
+
+    async def _require_receipt(self, document: dict[str, object], signer: str) -> Receipt | None:
+        """The receipt, if there is one. Raises WrongInput unless it is one and that host's."""
+        if not document:
+            return None
+        receipt = decode(Receipt, document)
+        await asyncio.to_thread(_signed_by, self._tls_dir, document, signer)
+        return receipt
 
     async def ask_running(self, request: m.AskRunning, peer: str) -> m.RunningSeen:
         """Whether the guest was seen to run here; also after a restart of this daemon."""
@@ -260,14 +287,27 @@ class Incoming:
 
     async def close(self) -> None:
         """The daemon ends: migrations that come in are waited for, their guests are not to be harmed."""
+        self._closing = True
         if self._migrations:
             log.event("waiting-for-incoming", count=len(self._migrations))
-        while self._migrations:
-            self._left.clear()
-            await self._left.wait()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSE_LIMIT_S):
+                while self._migrations:
+                    self._left.clear()
+                    await self._left.wait()
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _refused(self, record: MigrationRecord) -> PeerSays:
+        """After a refusal: what the journal says now, refused from the record alone if nothing else did it."""
+        for fresh in await self._journal.list_migrations():
+            if fresh.id == record.id and fresh.role is Role.TARGET:
+                if fresh.state is RecordState.ACTIVE:
+                    await self.resume_after_restart(fresh)
+                    return PeerSays.REFUSED
+                return _says(fresh, False)
+        return PeerSays.ABSENT
 
     def _forget(self, migration_id: str) -> None:
         self._migrations.pop(migration_id, None)
@@ -301,8 +341,14 @@ class Incoming:
                 await self.refuse(record.id, "the source asked for it")
             except Conflict:
                 return m.Answer(PeerSays.TAKEN)
-            return m.Answer(PeerSays.REFUSED)
+            return m.Answer(await self._refused(record))
         return m.Answer(_says(record, self._vms.by_id(record.vm_id) is not None))
+
+
+def _signed_by(tls_dir: Path, document: dict[str, object], signer: str) -> None:
+    reason = check_document(tls_dir, document, signer)
+    if reason:
+        raise WrongInput("bad-receipt", f"The receipt is not {signer}'s: {reason}.", "It was not kept.")
 
 
 def _says(record: MigrationRecord, here: bool) -> PeerSays:
@@ -383,6 +429,8 @@ class PeerSession:
     async def _rehearse(self, request: m.Rehearse) -> m.RehearsalReady:
         if not request.nonce.isalnum() or len(request.nonce) > 32 or request.nonce in self._twins:
             raise Refused("bad-nonce", "This is no name for a rehearsal.", "")
+        if len(self._twins) >= _MOST_TWINS:
+            raise Refused("too-many-rehearsals", f"{self._peer} has {len(self._twins)} rehearsals here.", "End one.")
         twin, ready = await TargetTwin.start(self._incoming.parts, request.spec, self._peer, request.nonce)
         self._twins[request.nonce] = twin
         return ready
@@ -429,7 +477,8 @@ class PeerSession:
 
     async def close(self) -> None:
         """The connection has ended."""
-        await self._checks.close()
-        for twin in self._twins.values():
-            await twin.end()
-        await self._incoming.connection_lost(self._peer, self._prepared)
+        try:
+            await self._incoming.connection_lost(self._peer, self._prepared)
+        finally:
+            twins, self._twins = self._twins, {}
+            await asyncio.gather(self._checks.close(), *(twin.remove() for twin in twins.values()))

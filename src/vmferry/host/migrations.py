@@ -15,7 +15,7 @@ from vmferry.api.codec import encode
 from vmferry.api.signing import check_document
 from vmferry.host import log
 from vmferry.host.heap import give_memory_back
-from vmferry.host.journal import Journal
+from vmferry.host.journal import Journal, JournalBroken
 from vmferry.host.migration_views import MigrationViews, now_text
 from vmferry.host.outcome import finish_source
 from vmferry.host.peers import Peers
@@ -23,7 +23,7 @@ from vmferry.host.strays import end_processes_of
 from vmferry.host.vms import Vm, Vms
 from vmferry.migration.finish import put_disks_aside
 from vmferry.migration.gates import remove_gate_leftovers
-from vmferry.migration.handoff import Act, PeerSays, decide_source
+from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
 from vmferry.migration.preflight import check
@@ -57,6 +57,7 @@ class Outgoing:
     vm: Vm
     task: asyncio.Task[None] | None = None
     engine: SourceMigration | None = None
+    resumed: bool = False  # after a restart of the daemon: it is undone or settled, not cancelled
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # ask the target now
 
 
@@ -227,11 +228,12 @@ class Migrations:
             outgoing.engine = engine
             try:
                 await engine.move()
-            except VmferryError as error:
+            except Exception as error:
                 if not engine.committed:
                     raise
-                log.alarm("handoff-unanswered", id=record.id, problem=error.message)
-                await self._settle(outgoing, engine, error)
+                known = error if isinstance(error, VmferryError) else _as_failed(error)
+                log.alarm("handoff-unanswered", id=record.id, problem=known.message)
+                await self._settle(outgoing, engine, known)
             await self._finish(engine, vm, began)
         finally:
             await (outgoing.engine.link if outgoing.engine else link).close()
@@ -239,6 +241,7 @@ class Migrations:
     async def _finish(self, engine: SourceMigration, vm: Vm, began: float) -> None:
         """Forward only: whatever goes wrong here, the VM is the target's and the migration has succeeded."""
         try:
+            await self._write_taken(engine)
             await finish_source(self, engine, vm, began)
         except Exception as error:  # noqa: BLE001 - a bug in the clean-up must not be told as a failed migration
             log.defect("finish-defect", error, id=engine.record.id)
@@ -247,9 +250,17 @@ class Migrations:
                 f"The VM runs on {engine.record.peer}; tidying up here failed ({type(error).__name__}: {error}).",
                 "Restart vmferryd here: it goes on with it.",
             )
-            await self._views.end(
-                engine.record.id, Outcome.COMPLETED, reason, blackout_ms=round(engine.measured.blackout_ms, 2)
-            )
+            with contextlib.suppress(JournalBroken):  # shown all the same
+                await self._views.end(engine.record.id, Outcome.COMPLETED, reason)
+
+    async def _write_taken(self, engine: SourceMigration) -> None:
+        """The target has it: written down, however long the journal takes to be writable again."""
+        while engine.record.state is RecordState.HANDED_OVER:
+            try:
+                engine.record = await self._journal.move(engine.record, RecordState.TAKEN)
+            except JournalBroken as broken:
+                log.alarm("journal-broken", id=engine.record.id, problem=broken.message)
+                await asyncio.sleep(_LONGEST_PAUSE_S)
 
     async def _connect(self, peer: str) -> PeerLink:
         return await self._peers.connect(peer)
@@ -274,6 +285,11 @@ class Migrations:
         """The guest is here; the record is closed and the VM let go."""
         engine = outgoing.engine
         record = engine.record if engine else record
+        if record.state in (RecordState.HANDED_OVER, RecordState.TAKEN):
+            # Never let go of here: it may run on the target. The record says so, also to the next life of the daemon.
+            log.alarm("handed-over-and-failed", id=record.id, reason=reason.code, message=reason.message)
+            self._views.change(record.id, outcome=Outcome.UNKNOWN, reason=_unknown(record, reason.message))
+            return
         if engine is not None and engine.problems:
             log.alarm("not-all-undone", id=record.id, problems=engine.problems)
             left = f"{reason.message} Not everything could be tidied up: {'; '.join(engine.problems)}"
@@ -301,11 +317,14 @@ class Migrations:
         """
         migration_id, attempt, since = engine.record.id, 0, time.monotonic()
         while True:
-            decision = await engine.settle()
+            try:
+                decision = await engine.settle()
+            except JournalBroken as broken:
+                # What it decided could not be written, so it did not happen: asked again.
+                log.alarm("journal-broken", id=migration_id, problem=broken.message)
+                decision = Decision(Act.WAIT, f"the journal here cannot be written ({broken.message})")
             log.event("handoff-asked", id=migration_id, act=decision.act, why=decision.why)
             if decision.act is Act.FINISH:
-                if engine.record.state is RecordState.HANDED_OVER:
-                    engine.record = await self._journal.move(engine.record, RecordState.TAKEN)
                 self._views.change(migration_id, outcome=Outcome.RUNNING, reason=None)
                 await self._renew_link(engine)
                 return
@@ -388,9 +407,11 @@ class Migrations:
             raise Conflict("not-the-source", f"It is cancelled on its source, {view.source}.", f"--host {view.source}")
         if outgoing is None or outgoing.task is None:
             raise Conflict("migration-ended", f"Migration {migration_id} has ended ({view.outcome}).", "")
-        if outgoing.engine is not None and outgoing.engine.committed:
+        if outgoing.resumed or (outgoing.engine is not None and outgoing.engine.committed):
             raise Conflict(
-                "handed-over", "The VM has been handed over to the target already.", "Migrate it back when it is done."
+                "handed-over",
+                "The VM has been handed over to the target, or the migration is being undone already.",
+                f"Watch it: vmferry migration watch {migration_id}.",
             )
         outgoing.task.cancel()
         await asyncio.wait([outgoing.task])
@@ -422,7 +443,7 @@ class Migrations:
         if vm is None:
             await self._forget(record)
             return
-        outgoing = Outgoing(vm)
+        outgoing = Outgoing(vm, resumed=True)
         self._outgoing[record.id] = outgoing
         outgoing.task = asyncio.create_task(self._resume(outgoing, record))
 
@@ -556,6 +577,10 @@ class _NoLink:
 
     async def close(self) -> None:
         return
+
+
+def _as_failed(error: Exception) -> Failed:
+    return Failed("internal", f"vmferryd failed at this ({type(error).__name__}: {error}).", "See its log.")
 
 
 def _sentence(obstacles: list[Finding]) -> str:

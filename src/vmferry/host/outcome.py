@@ -92,7 +92,7 @@ def _receipt(
         started_at=view.started_at,
         phases=close_phase(view.phases, now_text()),
         total_ms=round(total_ms, 1),
-        blackout_ms=round(measured.blackout_ms, 2),
+        blackout_ms=round(measured.blackout_ms, 2) if measured.taken and seen.running else None,
         predicted=PredictedTimes(prediction.total_ms, prediction.blackout_ms) if prediction else None,
         rounds=measured.rounds,
         bytes=Bytes(memory=measured.memory_bytes, disks=measured.disk_bytes),

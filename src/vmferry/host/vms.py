@@ -353,13 +353,18 @@ class Vms:
             return
         tail = guest.process.log_tail(3)
         vm.guest = None
-        if vm.owned:
-            await self._journal.set_process(vm.spec.id, 0, 0)
         asked = vm.wanted == "stopped" or status == 0
         vm.state = RunState.STOPPED if asked else RunState.FAILED
         vm.problem = "" if asked else f"QEMU ended by itself (status {status}): {' / '.join(tail)}"
-        await let_go(self._parts, guest)
-        vm.ended.set()
+        try:
+            await let_go(self._parts, guest)
+            if vm.owned:
+                await self._journal.set_process(vm.spec.id, 0, 0)
+        except VmferryError as error:
+            # The next start of the daemon sees by itself that the process is gone.
+            log.alarm("guest-end-not-tidied", vm=vm.spec.name, problem=error.message)
+        finally:
+            vm.ended.set()
         if vm.owned:
             log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
 

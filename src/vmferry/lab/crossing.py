@@ -173,7 +173,7 @@ def judge_receipt(receipt: Receipt, signature_valid: bool) -> tuple[str, ...]:
     wrong += _judge_digests(receipt)
     if not (receipt.network.reachable_before and receipt.network.reachable_after):
         wrong.append("the receipt has no network proof: the VM's switches were not seen connected before and after")
-    if receipt.blackout_ms <= 0 or receipt.total_ms <= 0:
+    if (receipt.blackout_ms or 0) <= 0 or receipt.total_ms <= 0:
         wrong.append(f"the receipt's times make no sense: pause {receipt.blackout_ms}, total {receipt.total_ms} ms")
     if not signature_valid:
         wrong.append("the receipt's signature is not valid")

@@ -23,7 +23,7 @@ def summary(crossings: Sequence[Crossing], stream: dict[str, Any]) -> tuple[list
     receipts = [crossing.receipt for crossing in crossings]
     columns = ["", *(f"{receipt.source} -> {receipt.target}" for receipt in receipts)]
     rows = [
-        ["pause", *(format_ms(receipt.blackout_ms) for receipt in receipts)],
+        ["pause", *(format_ms(receipt.blackout_ms or 0) for receipt in receipts)],
         ["total", *(format_ms(receipt.total_ms) for receipt in receipts)],
         ["sent: memory", *(format_size(receipt.bytes.memory) for receipt in receipts)],
         ["sent: disk", *(format_size(receipt.bytes.disks) for receipt in receipts)],

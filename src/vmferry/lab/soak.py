@@ -104,7 +104,7 @@ class Soak:
 def _told(crossing: Crossing) -> str:
     receipt, udp = crossing.receipt, crossing.udp
     gap = format_ms(udp["longest_gap_ms"] or 0)
-    times = f"pause {format_ms(receipt.blackout_ms):>8}  gap {gap:>8}  total {format_ms(receipt.total_ms):>7}"
+    times = f"pause {format_ms(receipt.blackout_ms or 0):>8}  gap {gap:>8}  total {format_ms(receipt.total_ms):>7}"
     drops = f", {crossing.guest_drops} dropped in the guest" if crossing.guest_drops else ""
     return f"{times}  held {receipt.frames.held}{drops}"
 
@@ -132,7 +132,7 @@ def _summarise(crossings: Sequence[Crossing], daemons: dict[str, DaemonUse]) -> 
     if not crossings:
         return
     values = {
-        "pause": [crossing.receipt.blackout_ms for crossing in crossings],
+        "pause": [(crossing.receipt.blackout_ms or 0) for crossing in crossings],
         "longest UDP gap": [crossing.udp["longest_gap_ms"] or 0 for crossing in crossings],
         "total": [crossing.receipt.total_ms for crossing in crossings],
     }

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.model.migration import MigrationView
+from vmferry.model.names import require_name
 from vmferry.network.netlink import Netlink
 from vmferry.network.switches import SwitchConfig
 from vmferry.qemu.features import QemuFeatures
@@ -83,9 +84,9 @@ class HostParts:
     version: str
 
     def vm_dir(self, vm_id: str) -> Path:
-        """Where a VM's boot files are kept."""
-        return self.state_dir / "vms" / vm_id
+        """Where a VM's boot files are kept. Raises WrongInput `bad-name` for an id that would lead elsewhere."""
+        return self.state_dir / "vms" / require_name(vm_id, "VM id")
 
     def guest_dir(self, vm_id: str) -> Path:
         """Where a running guest's sockets and logs are."""
-        return self.run_dir / "guests" / vm_id
+        return self.run_dir / "guests" / require_name(vm_id, "VM id")

@@ -15,6 +15,7 @@ from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
 from vmferry.migration.messages import EndRehearsal, RehearsalEnded, RehearsalReady, Rehearse
 from vmferry.migration.streams import SOURCE_TLS, TARGET_TLS, add_source_tls, add_target_tls
+from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import VmferryError
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.names import stream_name
@@ -73,10 +74,16 @@ class TargetTwin:
                 done.cancel()
             problem = sample.error_desc or " / ".join(self._twin.process.log_tail(3))
             return RehearsalEnded(sample.status == "completed", "" if sample.status == "completed" else problem)
+        except TimeoutError:
+            return RehearsalEnded(False, f"the twin's stream did not end within {_LIMIT_S:g} s")
         except VmferryError as error:
             return RehearsalEnded(False, " / ".join(self._twin.process.log_tail(3)) or error.message)
         finally:
-            await asyncio.shield(dismantle(self._parts, self._twin))
+            await self.remove()
+
+    async def remove(self) -> None:
+        """The twin is gone afterwards. Idempotent."""
+        await to_the_end(dismantle(self._parts, self._twin))
 
 
 async def rehearse(parts: HostParts, link: PeerLink, spec: VmSpec) -> Finding:

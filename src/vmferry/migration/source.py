@@ -39,6 +39,7 @@ from vmferry.migration.messages import (
 from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.streams import SOURCE_TLS, add_source_tls, remove_tls
 from vmferry.migration.switchover import Switchover
+from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Range, Verify
 from vmferry.model.names import stream_name
@@ -137,7 +138,7 @@ class SourceMigration:
             await self._copy_and_switch(prepared)
         except BaseException as error:
             if not self._committed:
-                await asyncio.shield(asyncio.ensure_future(self._undo()))
+                await to_the_end(self._undo())
                 if isinstance(error, VmferryError) and await self._has_guest_ended():
                     raise await self._guest_ended() from error
             raise
@@ -295,7 +296,7 @@ class SourceMigration:
         switchover = _require(self.measured.switchover)
         self._committed = True
         # Shielded: a daemon that is asked to stop in this moment must not leave the record half-told.
-        await asyncio.shield(asyncio.ensure_future(self._write_and_tell(switchover)))
+        await to_the_end(self._write_and_tell(switchover))
 
     async def _write_and_tell(self, switchover: Switchover) -> None:
         timeline = switchover.timeline

@@ -42,6 +42,7 @@ from vmferry.migration.messages import (
 from vmferry.migration.placement import place
 from vmferry.migration.records import MigrationRecord, RecordState, Reserved
 from vmferry.migration.streams import TARGET_TLS, add_target_tls
+from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import Conflict, Failed, VmferryError, WrongInput
 from vmferry.model.migration import PostCopy, Role, Verify
 from vmferry.model.names import require_name
@@ -102,6 +103,8 @@ class TargetMigration:
         for boot_file in boot_files(spec):
             _require_file_name(boot_file)
         require_name(spec.name, "VM")
+        require_name(spec.id, "VM id")
+        require_name(request.migration_id, "migration")
         record = MigrationRecord(
             id=request.migration_id,
             role=Role.TARGET,
@@ -115,12 +118,16 @@ class TargetMigration:
                 run_dir=str(parts.guest_dir(spec.id)), vm_dir=str(parts.vm_dir(spec.id)), gate_id=request.migration_id
             ),
         )
-        await parts.journal.begin_migration(record)
         migration = cls(parts, hooks, request, record)
+        # The write is carried through by the journal even if we are cancelled: then it has to be taken back.
+        begun = asyncio.ensure_future(parts.journal.begin_migration(record))
         try:
+            await asyncio.shield(begun)
             await migration._make()
         except BaseException:
-            await asyncio.shield(migration.refuse())
+            await asyncio.wait([begun])
+            if begun.exception() is None:
+                await to_the_end(migration.refuse())
             raise
         return migration
 
@@ -162,7 +169,7 @@ class TargetMigration:
         try:
             return await self._start()
         except BaseException:
-            await asyncio.shield(self.refuse())
+            await to_the_end(self.refuse())
             raise
 
     async def _start(self) -> Prepared:
@@ -288,11 +295,14 @@ class TargetMigration:
         if self._settled_in:
             return
         self._settled_in = True
-        guest = self._require_guest()
-        if self._gates is not None:
-            self._gates.announce()
-        guest.process.set_priority(0)
+        guest = self.guest
+        if guest is None:
+            return
+        # First of all the host knows it: whatever fails after this, the VM is managed.
         await self._hooks.on_taken(self.record, guest, run)
+        if self._gates is not None and guest.process.running:
+            self._gates.announce()
+            guest.process.set_priority(0)
 
     def announce_again(self) -> None:
         """Tells the network once more where the VM is."""
@@ -386,9 +396,9 @@ async def clear_reserved(parts: HostParts, record: MigrationRecord) -> None:
     """Removes what a migration made on its target, from its record alone. Accepts that it is gone or half there."""
     await remove_images(parts, record.reserved.images)
     # (tunnels and redirects are found by what is not alive: the host's sweep removes them)
-    for directory in (record.reserved.run_dir, record.reserved.vm_dir):
-        if directory:
-            await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
+    # Derived anew, not taken from the record: what is removed here is removed by root.
+    for directory in (parts.guest_dir(record.vm_id), parts.vm_dir(record.vm_id)):
+        await asyncio.to_thread(shutil.rmtree, directory, ignore_errors=True)
 
 
 def problem_of(error: BaseException) -> str:

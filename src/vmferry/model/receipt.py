@@ -93,7 +93,7 @@ class Receipt:
     started_at: str
     phases: tuple[PhaseTime, ...]
     total_ms: float
-    blackout_ms: float
+    blackout_ms: float | None  # None: not measured (the answer was lost, or the daemon restarted meanwhile)
     predicted: PredictedTimes | None
     rounds: int
     bytes: Bytes
