@@ -147,10 +147,12 @@ def test_image_on_the_target_is_changed(rig: Rig, guest: Guest) -> None:
     def changed(rig: Rig, guest: Guest, target: str) -> Iterator[None]:
         def image() -> Path | None:
             found = list(rig.host(target).pools["local"].rglob("root-*.qcow2"))
-            return found[0] if found and found[0].stat().st_size > 12 << 20 else None
+            return found[0] if found and found[0].stat().st_size > 32 << 20 else None
 
         with wait_for("some MiB are there", image, 30.0, 0.005).open("r+b") as file:
-            file.seek(4 << 20)
+            # Behind everything that a mirror has in flight (16 MiB), and beyond what the guest itself writes (8 MiB):
+            # what is written here is not written once more by anybody.
+            file.seek(12 << 20)
             file.write(os.urandom(64 << 10))
         yield
 

@@ -105,7 +105,8 @@ async def remove_images(parts: HostParts, paths: Sequence[str]) -> None:
     for path in paths:
         for pool in parts.pools.values():
             if Path(path).is_relative_to(pool.path):
-                await pool.remove_image(Path(path))
+                with contextlib.suppress(NotFound):  # never made: its place is not there, or something else is
+                    await pool.remove_image(Path(path))
 
 
 class TargetDisks:
