@@ -264,7 +264,7 @@ async def test_the_tunnel_over_ipv6(tmp_path: Path) -> None:
             # The kernel does not fragment what it wraps into IPv6: the migration network must be large enough for it.
             segment.ip(name, "link", "set", "dev", "mig0", "mtu", "1600")
             segment.ip(name, "address", "add", f"fd00:99::{number}/64", "dev", "mig0", "nodad")
-        # Between hosts that migrate the neighbours are known: their daemons talk. Unknown, the first fragments are lost.
+        # Hosts that migrate know their neighbours: their daemons talk. Unknown ones would cost the first fragments.
         for name, other, number in (("a", "b", 2), ("b", "a", 1)):
             lladdr = segment.ip(other, "-br", "link", "show", "dev", "mig0").split()[2]
             segment.ip(
