@@ -38,7 +38,7 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     if record.state is RecordState.HANDED_OVER:
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
-    seen = await see_it_run(engine.link, record.id)
+    seen, engine.link = await see_it_run(engine.link, engine.connect, record.id)
     counters = await forward_late_frames(parts, engine.gates)
     await engine.let_go()
     await give_up_guest(parts, engine.guest, engine.gates)

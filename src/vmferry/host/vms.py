@@ -103,7 +103,12 @@ class Vms:
         for row in await self._journal.list_vms():
             vm = Vm(spec=row.spec, owned=row.owned, wanted=row.wanted, claimed_by=in_flight.get(row.spec.id, ""))
             self._vms[row.spec.name] = vm
-            await self._adopt(vm, row)
+            try:
+                await self._adopt(vm, row)
+            except VmferryError as error:
+                # One VM that cannot be looked at must not keep the others from being managed.
+                vm.state, vm.problem = RunState.UNKNOWN, f"{error.message} {error.fix}".strip()
+                log.alarm("vm-not-loaded", vm=row.spec.name, problem=error.message)
 
     async def _adopt(self, vm: Vm, row: VmRow) -> None:
         if not row.pid:

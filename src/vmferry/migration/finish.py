@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -24,16 +24,34 @@ from vmferry.network.probes import observe_mac_elsewhere
 from vmferry.storage.aside import AsideNote
 
 _ASK_LIMIT_S = 30.0
+_ASK_AGAIN_S = 20.0
+_ASK_PAUSE_S = 0.5
 _AWAY_WITHIN_S = 1.5
 _LOOK_EVERY_S = 0.05
 
 
-async def see_it_run(link: PeerLink, migration_id: str) -> RunningSeen:
-    """Whether the guest was seen to run on the target. A target that does not answer has not shown it."""
-    try:
-        return await link.call(AskRunning(migration_id), RunningSeen, _ASK_LIMIT_S)
-    except VmferryError:
-        return RunningSeen(False, 0, 0, None)
+async def see_it_run(
+    link: PeerLink, connect: Callable[[], Awaitable[PeerLink]], migration_id: str
+) -> tuple[RunningSeen, PeerLink]:
+    """Whether the guest was seen to run on the target, and the link on which it was said.
+
+    A target that falls silent (its daemon is restarted) is asked again for a while; one that does not answer has not
+    shown it.
+    """
+    until = time.monotonic() + _ASK_AGAIN_S
+    while True:
+        try:
+            return await link.call(AskRunning(migration_id), RunningSeen, _ASK_LIMIT_S), link
+        except VmferryError:
+            if time.monotonic() > until:
+                return RunningSeen(False, 0, 0, None), link
+        await asyncio.sleep(_ASK_PAUSE_S)
+        try:
+            fresh = await connect()
+        except VmferryError:
+            continue
+        await link.close()
+        link = fresh
 
 
 async def see_macs_away(parts: HostParts, link: PeerLink, record: MigrationRecord) -> bool | None:

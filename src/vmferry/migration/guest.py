@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vmferry.migration.host_parts import HostParts
+from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import Failed, Refused
 from vmferry.model.vm import DirectBoot, FirmwareBoot, VmSpec
 from vmferry.network.ports import Port, PortRequest, adopt_port, close_port, create_port, port_name, remove_port
@@ -95,8 +96,12 @@ async def build_guest(parts: HostParts, spec: VmSpec, ports: list[Port], *, inco
 async def build_twin(parts: HostParts, spec: VmSpec, nonce: str, *, incoming: bool) -> RunningGuest:
     """Starts an un-booted twin without images and ports, for a rehearsal. Raises Failed `guest-start`."""
     run_dir = parts.run_dir / "twins" / f"{nonce}-{'in' if incoming else 'out'}"
-    layout = await _layout(parts, spec, run_dir, incoming=incoming, twin=True, ports=[])
-    return RunningGuest(spec, await start_guest(layout, (), parts.user, parts.limits.start_s))
+    try:
+        layout = await _layout(parts, spec, run_dir, incoming=incoming, twin=True, ports=[])
+        return RunningGuest(spec, await start_guest(layout, (), parts.user, parts.limits.start_s))
+    except BaseException:
+        await to_the_end(asyncio.to_thread(shutil.rmtree, run_dir, ignore_errors=True))
+        raise
 
 
 async def adopt(parts: HostParts, spec: VmSpec, identity: ProcessIdentity) -> RunningGuest | None:
