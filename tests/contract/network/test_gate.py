@@ -35,7 +35,7 @@ async def finish(segment: Segment, source: Worker, target: Worker, old: str) -> 
 
 # Known, and not yet mended: a broadcast may fall between tunnel and uplink at the change-over (seen once in about 150
 # migrations of this test). No unicast frame was lost in any of them.
-_BROADCASTS = pytest.mark.xfail(strict=False, reason="a broadcast may be lost at the change-over: seen once in about 150 migrations")
+_BROADCASTS = pytest.mark.xfail(strict=False, reason="a broadcast was lost at the change-over, once in about 150")
 
 
 @pytest.mark.parametrize(
