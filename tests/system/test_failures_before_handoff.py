@@ -7,7 +7,6 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from sysrig import (
@@ -145,18 +144,22 @@ def test_image_on_the_target_is_changed(rig: Rig, guest: Guest) -> None:
 
     @contextlib.contextmanager
     def changed(rig: Rig, guest: Guest, target: str) -> Iterator[None]:
-        def image() -> Path | None:
-            found = list(rig.host(target).pools["local"].rglob("root-*.qcow2"))
-            return found[0] if found and found[0].stat().st_size > 32 << 20 else None
+        source = rig.other(target)
+        (begun,) = [each for each in rig.on(source).migrations() if each.outcome is Outcome.RUNNING]
 
-        with wait_for("some MiB are there", image, 30.0, 0.005).open("r+b") as file:
-            # Behind everything that a mirror has in flight (16 MiB), and beyond what the guest itself writes (8 MiB):
-            # what is written here is not written once more by anybody.
-            file.seek(12 << 20)
-            file.write(os.urandom(64 << 10))
+        def copied() -> bool:
+            progress = rig.on(source).migration(begun.id).progress
+            return progress.disk_done_bytes == progress.disk_total_bytes
+
+        with rig.frozen(rig.daemon_pid(target)):  # the proof has to wait, the mirror goes on
+            wait_for("everything was copied once", copied, 10.0, 0.005)
+            (image,) = (rig.host(target).pools["local"] / rig.on(source).vm(guest.name).spec.id).glob("root-*.qcow2")
+            with image.open("r+b") as file:
+                file.seek(20 << 20)  # what the guest itself writes again is in the first 8 MiB
+                file.write(os.urandom(64 << 10))
         yield
 
-    ended = break_it(rig, guest, changed, replace(SLOW, verify=Verify.DISKS), copying_disks)
+    ended = break_it(rig, guest, changed, replace(QUICK, verify=Verify.DISKS), copying_disks)
     assert ended.reason is not None and ended.reason.code == "disk-differs", ended.reason
 
 
