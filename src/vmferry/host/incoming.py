@@ -403,7 +403,6 @@ class PeerSession:
             m.Rehearse: self._rehearse,
             m.EndRehearsal: self._end_rehearsal,
             m.Prepare: self._prepare,
-            m.PutBootFile: self._put_boot_file,
             m.StartGuest: lambda r: self._migration(r).start(),
             m.RedigestDisk: lambda r: self._migration(r).disks().redigest(r),
             m.StandBy: self._stand_by,
@@ -419,8 +418,11 @@ class PeerSession:
             m.Finish: self._finish,
         }
 
-    async def handle(self, request: m.Request) -> object:
-        """The answer to one request."""
+    async def handle(self, request: m.Request, data: bytes) -> object:
+        """The answer to one request and what was sent beside it."""
+        if isinstance(request, m.PutBootFile):
+            await self._migration(request).put_boot_file(request, data)
+            return m.Done()
         return await self._handlers[type(request)](request)
 
     def _migration(self, request: m.Request) -> TargetMigration:
@@ -444,10 +446,6 @@ class PeerSession:
     async def _prepare(self, request: m.Prepare) -> m.Prepared:
         self._prepared.add(request.migration_id)  # before: whatever it has made must be found when the peer hangs up
         return await self._incoming.prepare(request, self._peer)
-
-    async def _put_boot_file(self, request: m.PutBootFile) -> m.Done:
-        await self._migration(request).put_boot_file(request)
-        return m.Done()
 
     async def _stand_by(self, request: m.StandBy) -> m.Done:
         await self._migration(request).stand_by()

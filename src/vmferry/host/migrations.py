@@ -566,7 +566,7 @@ class _NoLink:
         self.local_address = self.peer_address = ""
         self.rtt_ms = 0.0
 
-    async def call(self, request: object, reply: type[Any], timeout_s: float = 0) -> Any:
+    async def call(self, request: object, reply: type[Any], timeout_s: float = 0, data: bytes = b"") -> Any:
         raise OutcomeUnknown("link-lost", f"The connection to {self.peer} was lost with the daemon.", "")
 
     async def measure_rate(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +20,9 @@ from vmferry.migration.finish import (
     see_it_run,
     see_macs_away,
 )
+from vmferry.migration.host_parts import HostParts
 from vmferry.migration.messages import Done, Finish, RunningSeen
-from vmferry.migration.records import RecordState
+from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.source import SourceMigration
 from vmferry.model.errors import VmferryError
 from vmferry.model.migration import MigrationView, Outcome, Phase, Reason
@@ -38,17 +40,16 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     if record.state is RecordState.HANDED_OVER:
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
-    seen, engine.link = await see_it_run(engine.link, engine.connect, record.id)
-    counters = await forward_late_frames(parts, engine.gates)
+    (seen, engine.link), counters = await asyncio.gather(
+        see_it_run(engine.link, engine.connect, record.id), forward_late_frames(parts, engine.gates)
+    )
     await engine.let_go()
     await give_up_guest(parts, engine.guest, engine.gates)
-    away = await see_macs_away(parts, engine.link, record)
-    aside = await put_disks_aside(parts, record)
+    away, aside = await asyncio.gather(
+        see_macs_away(parts, engine.link, record), _give_up_disks(parts, record, delete=seen.running)
+    )
     reason = None
-    if seen.running and not record.keep_source:
-        await delete_disks(parts, aside)
-        await delete_boot_files(parts, record.vm_id)
-    elif not seen.running:
+    if not seen.running:
         reason = Reason(
             "guest-not-seen",
             f"{record.peer} has taken the VM, but its vCPUs were not seen to run. The disks were kept here.",
@@ -69,6 +70,15 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
         record.id, Outcome.COMPLETED, reason, blackout_ms=receipt.blackout_ms, total_ms=receipt.total_ms
     )
     log.event("migration-ended", id=record.id, outcome="completed", blackout_ms=receipt.blackout_ms)
+
+
+async def _give_up_disks(parts: HostParts, record: MigrationRecord, *, delete: bool) -> tuple[str, ...]:
+    """Sets them aside; deletes them unless they are to be kept. Where they are, or were."""
+    aside = await put_disks_aside(parts, record)
+    if delete and not record.keep_source:
+        await delete_disks(parts, aside)
+        await delete_boot_files(parts, record.vm_id)
+    return aside
 
 
 def _receipt(

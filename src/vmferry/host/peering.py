@@ -1,5 +1,8 @@
 """The connection between two hosts: requests and answers as JSON on one WebSocket over mutual TLS.
 
+What goes with a request as it is (boot files) comes in one binary frame with it: the length of the JSON, the JSON,
+the data. A frame without any JSON is a sample that measures the link; it is only acknowledged.
+
 `connect_peer` is the asking side (a `PeerLink`), `serve_peer` the answering one. Who is speaking is what the
 certificate says, never what a message says. Late answers to requests that were given up are dropped.
 """
@@ -11,6 +14,7 @@ import contextlib
 import json
 import os
 import ssl
+import struct
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar, cast
@@ -36,7 +40,10 @@ _SAMPLE_LIMIT_S = 20.0
 # A ping after so much of the silence that is borne; the answer may take half as long again.
 _HEARTBEAT_SHARE = 2 / 3
 
-Handler = Callable[[Request], Awaitable[object]]
+_LENGTH = struct.Struct(">I")
+_SAMPLE = _LENGTH.pack(0)
+
+Handler = Callable[[Request, bytes], Awaitable[object]]
 
 
 def warm_codecs() -> None:
@@ -84,7 +91,7 @@ class WebSocketLink:
         """The shortest time between a request and its answer."""
         return self._rtt_ms
 
-    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0) -> R:
+    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0, data: bytes = b"") -> R:
         """See PeerLink.call."""
         if self._lost is not None:
             raise Unreachable("link-lost", f"The connection to {self._peer} is lost: {self._lost}.", "Is the host up?")
@@ -96,7 +103,10 @@ class WebSocketLink:
         started = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._socket.send_str(text)
+                if data:
+                    await self._socket.send_bytes(_with_data(text, data))
+                else:
+                    await self._socket.send_str(text)
                 answer = await future
         except TimeoutError as error:
             raise OutcomeUnknown(
@@ -126,7 +136,7 @@ class WebSocketLink:
         started = time.monotonic()
         try:
             async with asyncio.timeout(_SAMPLE_LIMIT_S):
-                await self._socket.send_bytes(payload)
+                await self._socket.send_bytes(_SAMPLE + payload)
                 await self._received
         except (TimeoutError, ConnectionError, aiohttp.ClientError) as error:
             raise self._unknown(f"no answer to a sample ({error})") from error
@@ -249,11 +259,15 @@ async def serve_peer(
     try:
         async for message in socket:
             if message.type is aiohttp.WSMsgType.BINARY:
-                await socket.send_str(json.dumps({"received": len(message.data)}))
-                continue
-            if message.type is not aiohttp.WSMsgType.TEXT:
+                text, data = _split(message.data)
+                if not text:
+                    await socket.send_str(json.dumps({"received": len(data)}))
+                    continue
+            elif message.type is aiohttp.WSMsgType.TEXT:
+                text, data = message.data, b""
+            else:
                 break
-            task = asyncio.create_task(_answer(socket, message.data, handler))
+            task = asyncio.create_task(_answer(socket, text, data, handler))
             running.add(task)
             task.add_done_callback(running.discard)
     except (ConnectionError, aiohttp.ClientError):
@@ -266,7 +280,20 @@ async def serve_peer(
     return socket
 
 
-async def _answer(socket: web.WebSocketResponse, text: str, handler: Handler) -> None:
+def _with_data(text: str, data: bytes) -> bytes:
+    head = text.encode()
+    return b"".join((_LENGTH.pack(len(head)), head, data))
+
+
+def _split(frame: bytes) -> tuple[bytes, bytes]:
+    """The JSON and the data of a binary frame; what is no such frame has JSON that cannot be read. Pure."""
+    if len(frame) < _LENGTH.size:
+        return frame, b""
+    end = _LENGTH.size + _LENGTH.unpack_from(frame)[0]
+    return frame[_LENGTH.size : end], frame[end:]
+
+
+async def _answer(socket: web.WebSocketResponse, text: str | bytes, data: bytes, handler: Handler) -> None:
     number = 0
     try:
         document = json.loads(text)
@@ -276,7 +303,7 @@ async def _answer(socket: web.WebSocketResponse, text: str, handler: Handler) ->
             raise WrongInput("unknown-request", f"This host does not know {document['call']}.", "Same vmferry version?")
         reply: dict[str, Any] = {
             "n": number,
-            "body": encode(await handler(cast(Request, decode(kind, document["body"])))),
+            "body": encode(await handler(cast(Request, decode(kind, document["body"])), data)),
         }
     except VmferryError as error:
         reply = {"n": number, "problem": problem(error)}

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 from collections.abc import Sequence
+from pathlib import Path
 
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
@@ -19,13 +19,19 @@ async def send_boot_files(parts: HostParts, link: PeerLink, record: MigrationRec
     """Sends the files; the target checks each one's digest. Raises Failed `boot-file`."""
     directory = parts.vm_dir(record.vm_id)
     for name in names:
-        try:
-            data = await asyncio.to_thread((directory / name).read_bytes)
-        except OSError as error:
-            raise Failed(
-                "boot-file", f"{directory / name} cannot be read: {error}.", "Was it removed by hand?"
-            ) from error
-        for offset in range(0, len(data), _PART_BYTES):
-            part = data[offset : offset + _PART_BYTES]
-            last = offset + _PART_BYTES >= len(data)
-            await link.call(PutBootFile(record.id, name, offset, base64.b64encode(part).decode(), last), Done)
+        offset, last = 0, False
+        while not last:
+            data, last = await asyncio.to_thread(_read_part, directory / name, offset)
+            await link.call(PutBootFile(record.id, name, offset, last), Done, data=data)
+            offset += len(data)
+
+
+def _read_part(path: Path, offset: int) -> tuple[bytes, bool]:
+    """A part, and whether it is the last one."""
+    try:
+        with path.open("rb") as file:
+            file.seek(offset)
+            data = file.read(_PART_BYTES)
+            return data, not file.read(1)
+    except OSError as error:
+        raise Failed("boot-file", f"{path} cannot be read: {error}.", "Was it removed by hand?") from error

@@ -276,9 +276,14 @@ class SourceDisks:
         """The last comparison, when the mirrors have ended. Raises Failed `disk-differs`."""
         return await self._proof.verdict() if self._proof is not None else ()
 
-    async def finish(self) -> None:
-        """The guest is stopped: every target is an exact copy when this returns. Raises MirrorFailed."""
-        await finish_mirrors(self._guest.monitor, self._mirrors)
+    async def complete(self) -> None:
+        """The guest is stopped: every target is an exact copy when this returns. Raises MirrorFailed.
+
+        A mirror that is in step has nothing left to write. It is left as it is: QEMU gives the disks up with an idle
+        one (`blk_set_force_allow_inactivate` in block/mirror.c), and ending it would take 5 to 12 ms of the blackout.
+        """
+        if not await self.in_step():
+            await finish_mirrors(self._guest.monitor, self._mirrors)
 
     async def let_go(self) -> None:
         """After the handoff: our connections are closed (QEMU itself goes)."""

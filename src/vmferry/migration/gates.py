@@ -146,6 +146,11 @@ class TargetGates:
         for gate in self._gates:
             gate.plug()
 
+    def listen(self) -> None:
+        """The source's gate has been closed for a while, and the guest is about to run here. No await."""
+        for gate in self._gates:
+            gate.listen()
+
     def announce(self) -> None:
         """After RESUME: the port takes part in its switch; the network is told now and again later."""
         for gate in self._gates:

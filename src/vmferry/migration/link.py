@@ -40,9 +40,11 @@ class PeerLink(Protocol):
         """Bytes a second that the link carries now, the best of some samples. Raises as `call` does."""
         ...
 
-    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0) -> R:
-        """The answer. Raises what the other side raised; `Unreachable` if it was never sent; `OutcomeUnknown` if the
-        link was lost or the time ran out after it was sent.
+    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0, data: bytes = b"") -> R:
+        """The answer. `data` goes with the request as it is (at most 32 MiB).
+
+        Raises what the other side raised; `Unreachable` if it was never sent; `OutcomeUnknown` if the link was lost or
+        the time ran out after it was sent.
         """
         ...
 

@@ -139,12 +139,14 @@ class Prepared:
 
 @dataclass(frozen=True, slots=True)
 class PutBootFile:
-    """A part of a kernel or initramfs (base64); the last one completes the file and its digest is checked."""
+    """A part of a kernel or initramfs, sent beside this message, at that offset in bytes.
+
+    The last one completes the file, and its digest is checked.
+    """
 
     migration_id: str
     name: str
     offset: int
-    data: str
     last: bool
 
 

@@ -182,7 +182,8 @@ class SourceMigration:
         mtus = [nic.mtu for nic in self.guest.spec.nics]
         self._gates = SourceGates(self.parts, self.record.id, self.guest.ports, mtus, self.parts.address, peer_address)
         await self._gates.prepare()
-        self._memory = MemoryCopy(self.guest, self._goal(), self.options.bandwidth_bps // 8, self._report)
+        settings = self._stream_settings()
+        self._memory = MemoryCopy(self.guest, self._goal(), settings.limit, self._report)
         if self.options.verify is Verify.ALL:
             self._reader = await asyncio.to_thread(map_memory, self.guest)
         self.events.phase(Phase.COPY)
@@ -191,7 +192,7 @@ class SourceMigration:
                 self._proof = asyncio.create_task(self._disks.prove(self.link, self.record.id))
             try:
                 await self._copy_disks()
-                await self._copy_memory(prepared, peer_address)
+                await self._copy_memory(prepared, settings)
             finally:
                 await _end(self._proof)
 
@@ -211,21 +212,23 @@ class SourceMigration:
         await disks.start(self.options.bandwidth_bps // 8)
         await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
 
-    async def _copy_memory(self, prepared: Prepared, peer_address: str) -> None:
+    def _stream_settings(self) -> StreamSettings:
+        return StreamSettings(
+            postcopy=self.options.post_copy is PostCopy.ALLOW,
+            auto_converge=self.options.max_slowdown_percent > 0,
+            tls_creds=SOURCE_TLS.creds(self.parts),
+            tls_hostname=stream_name(self.link.peer) if self.parts.stream_dir else "",
+            max_bandwidth=self.options.bandwidth_bps // 8,
+        )
+
+    async def _copy_memory(self, prepared: Prepared, settings: StreamSettings) -> None:
         monitor, memory = self.guest.monitor, _require(self._memory)
         switchover = self._arm_switchover()
         try:
-            settings = StreamSettings(
-                postcopy=self.options.post_copy is PostCopy.ALLOW,
-                auto_converge=self.options.max_slowdown_percent > 0,
-                tls_creds=SOURCE_TLS.creds(self.parts),
-                tls_hostname=stream_name(self.link.peer) if self.parts.stream_dir else "",
-                max_bandwidth=self.options.bandwidth_bps // 8,
-            )
             await prepare_source(monitor, settings)
             await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
             switchover.timeline.mark("memory started")
-            await memory.start(peer_address, prepared.memory_port)
+            await memory.start(self.link.peer_address, prepared.memory_port)
             await memory.converge(self._rest_is_ready, self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
             # Now: the target ends these connections before anybody has time to look at them.

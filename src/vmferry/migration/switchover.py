@@ -201,7 +201,7 @@ class Switchover:
             mark("memory sent", waiting.received_ns)
             if self.verify_memory is not None:
                 self._memory_here = asyncio.create_task(self.verify_memory.digest())
-            await self.disks.finish()
+            await self.disks.complete()
             mark("disks complete")
             if last_writes is not None:
                 await last_writes

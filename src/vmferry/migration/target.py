@@ -7,8 +7,6 @@ is this host's only after `take` has written so.
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -50,7 +48,7 @@ from vmferry.network.ports import Port
 from vmferry.qemu.liveness import wait_vcpus_advance
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, expect_status, observe_migration, prepare_incoming
-from vmferry.storage.boot_files import store_boot_data
+from vmferry.storage.boot_files import accept_boot_file
 
 _ALIVE_WITHIN_S = 10.0
 _RECEIVING_NICE = -10
@@ -149,20 +147,15 @@ class TargetMigration:
         directory = self._parts.vm_dir(self.record.vm_id)
         return tuple(name for name in boot_files(self.record.spec) if not (directory / name).exists())
 
-    async def put_boot_file(self, request: PutBootFile) -> None:
-        """Writes a part of a boot file. Raises WrongInput when it is none of this VM's or its digest is wrong."""
+    async def put_boot_file(self, request: PutBootFile, data: bytes) -> None:
+        """Writes a part of a boot file. Raises WrongInput when it is none of this VM's, Refused for a wrong digest."""
         if request.name not in boot_files(self.record.spec):
             raise WrongInput("unknown-boot-file", f"{request.name[:80]!r} is no boot file of this VM.", "")
-        try:
-            data = base64.b64decode(request.data, validate=True)
-        except binascii.Error as error:
-            raise WrongInput("bad-data", "A part of a boot file is no base64.", "") from error
         directory = self._parts.vm_dir(self.record.vm_id)
         part = directory / f".{request.name}.{self.record.id}.part"
         await asyncio.to_thread(_append, part, request.offset, data)
         if request.last:
-            await store_boot_data(directory, request.name, await asyncio.to_thread(part.read_bytes))
-            await asyncio.to_thread(part.unlink)
+            await accept_boot_file(part, directory / request.name)
 
     async def start(self) -> Prepared:
         """Starts the waiting QEMU with its streams open and its gates ready. On failure everything is removed again."""
@@ -192,6 +185,7 @@ class TargetMigration:
         disk_port = await self._disks.serve(provable=options.verify is not Verify.NONE)
         settings = StreamSettings(
             postcopy=options.post_copy is PostCopy.ALLOW,
+            max_bandwidth=options.bandwidth_bps // 8,
             tls_creds=TARGET_TLS.creds(self._parts),
             tls_authz=TARGET_TLS.authz(self._parts),
             validate_uuid=True,
@@ -226,6 +220,8 @@ class TargetMigration:
 
     async def end_exports(self) -> None:
         """Ends all exports; strictly before the guest runs. Idempotent."""
+        if self._gates is not None:
+            self._gates.listen()
         async with self._unserving:
             await self._require_disks().stop_serving()
 

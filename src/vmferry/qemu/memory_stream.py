@@ -17,6 +17,10 @@ from vmferry.qemu.monitor import Monitor, QmpEvent, QmpRefused
 
 _ENDED = frozenset(("completed", "failed", "cancelled"))
 _RATE_LOOK_EVERY_S = 0.05
+# QEMU keeps a limit in windows of 100 ms, and looks at it after each of multifd's packets (multifd.h).
+_WINDOWS_PER_S = 10
+_PACKET_BYTES = 512 << 10
+_NARROW_BYTES_PER_S = 25_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,7 @@ class StreamSettings:
     tls_creds: str = ""  # id of a tls-creds object; "": plain
     tls_hostname: str = ""  # source: what the target's certificate must be for
     tls_authz: str = ""  # target: id of an authz object
-    max_bandwidth: int = 0
+    max_bandwidth: int = 0  # bytes a second, the same on both sides; 0: no limit
     downtime_limit_ms: int = 300
     switchover_bandwidth: int = 0  # what QEMU's stop rule reckons with; 0: its own estimate
     max_postcopy_bandwidth: int = 0
@@ -50,8 +54,18 @@ class StreamSettings:
         Why not several: if the connection breaks in the switchover, the channel that notices wakes the migration
         thread, but the others end silently, and it waits for them forever, holding the big lock: the source's guest is
         lost, and yank does not help (1 in 10 with two channels; multifd_send_sync_main of 10.0.2). One cannot do that.
+
+        Nor with a narrow limit: QEMU looks at it between multifd's packets, which are too large for that.
         """
-        return 0 if self.postcopy else self.multifd_channels
+        narrow = 0 < self.max_bandwidth < _NARROW_BYTES_PER_S
+        return 0 if self.postcopy or narrow else self.multifd_channels
+
+    @property
+    def limit(self) -> int:
+        """What QEMU is told so that `max_bandwidth` is kept: bytes a second, 0 for no limit."""
+        if not self.max_bandwidth or not self.channels:
+            return self.max_bandwidth
+        return self.max_bandwidth - _PACKET_BYTES * _WINDOWS_PER_S
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +278,7 @@ async def _set_parameters(monitor: Monitor, settings: StreamSettings, source: bo
         "tls-creds": settings.tls_creds,
         "tls-hostname": settings.tls_hostname if source else "",
         "tls-authz": "" if source else settings.tls_authz,
-        "max-bandwidth": settings.max_bandwidth,
+        "max-bandwidth": settings.limit,
         "max-postcopy-bandwidth": settings.max_postcopy_bandwidth,
         "downtime-limit": settings.downtime_limit_ms,
         "avail-switchover-bandwidth": settings.switchover_bandwidth,

@@ -17,6 +17,7 @@ from vmferry.storage.faults import translated
 
 _LARGEST = 2 << 30
 _DIGEST_CHARS = 32
+_AGAIN = "Migrate again."
 
 
 async def store_boot_file(vm_dir: Path, source: Path) -> str:
@@ -27,16 +28,33 @@ async def store_boot_file(vm_dir: Path, source: Path) -> str:
     return await asyncio.to_thread(_store, vm_dir, source)
 
 
-async def store_boot_data(vm_dir: Path, name: str, data: bytes) -> None:
-    """Stores what another host sent as its file `name`. Raises Refused `digest-differs` if that is not its content."""
-    if boot_file_name(data) != name:
-        raise Refused("digest-differs", f"What arrived as {name!r:.60} is not that file.", "Migrate again.")
-    await asyncio.to_thread(_write, vm_dir, name, data)
+async def accept_boot_file(part: Path, target: Path) -> None:
+    """Makes what another host sent, and what is in `part` now, the boot file `target`, durably; `part` is gone then.
+
+    Raises Refused `digest-differs` if that is not the content that the name stands for, and errors of storage.
+    """
+    await asyncio.to_thread(_accept, part, target)
+
+
+def _accept(part: Path, target: Path) -> None:
+    try:
+        with translated("write", target), part.open("rb") as file:
+            if _name(hashlib.file_digest(file, "sha256").hexdigest()) != target.name:
+                raise Refused("digest-differs", f"What arrived as {target.name!r:.60} is not that file.", _AGAIN)
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+            part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def boot_file_name(data: bytes) -> str:
     """The name under which this content is stored."""
-    return "boot-" + hashlib.sha256(data).hexdigest()[:_DIGEST_CHARS]
+    return _name(hashlib.sha256(data).hexdigest())
+
+
+def _name(digest: str) -> str:
+    return "boot-" + digest[:_DIGEST_CHARS]
 
 
 def _store(vm_dir: Path, source: Path) -> str:

@@ -20,6 +20,7 @@ async def migrate(segment: Segment, source: Worker, target: Worker, old: str, ne
     assert await segment.guest.call("stop", label=old) == 0
     left = await source.call("source.drain")
     await segment.held(target, 20)
+    await target.call("target.listen")
     await segment.guest.call("run", label=new)
     await target.call("target.announce")
     await segment.received(100)

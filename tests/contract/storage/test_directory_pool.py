@@ -13,7 +13,7 @@ import pytest
 
 from vmferry.model.errors import Conflict, Failed, NotFound, Refused, VmferryError, WrongInput
 from vmferry.storage.aside import AsideNote
-from vmferry.storage.boot_files import boot_file_name, store_boot_data, store_boot_file
+from vmferry.storage.boot_files import accept_boot_file, boot_file_name, store_boot_file
 from vmferry.storage.pool import DirectoryPool, ImageRequest, ImportRequest, observe_image
 
 MIB = 1 << 20
@@ -400,11 +400,16 @@ async def test_boot_files_are_named_by_their_content(tmp_path: Path) -> None:
     assert name == boot_file_name(source.read_bytes())
     assert await store_boot_file(tmp_path / "vm", source) == name
     assert files_in(tmp_path / "vm") == {name}
-    await store_boot_data(tmp_path / "other", name, source.read_bytes())
-    assert (tmp_path / "other" / name).read_bytes() == source.read_bytes()
-    for wrong in (name, "../../etc/x", "boot-"):
+    other, part = tmp_path / "other", tmp_path / "other" / ".part"
+    other.mkdir()
+    part.write_bytes(source.read_bytes())
+    await accept_boot_file(part, other / name)
+    assert files_in(other) == {name} and (other / name).read_bytes() == source.read_bytes()
+    for wrong in (name, "boot-"):
+        part.write_bytes(b"something else")
         with pytest.raises(Refused):
-            await store_boot_data(tmp_path / "other", wrong, b"something else")
+            await accept_boot_file(part, other / wrong)
+        assert files_in(other) == {name} and (other / name).read_bytes() == source.read_bytes()
     for bad in (tmp_path, tmp_path / "none"):
         with pytest.raises(VmferryError):
             await store_boot_file(tmp_path / "vm", bad)
