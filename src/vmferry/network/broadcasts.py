@@ -33,7 +33,10 @@ def undelivered(brought: Iterable[bytes], delivered: Iterable[bytes]) -> list[by
 
 
 class BroadcastHandover:
-    """Made shortly before the change-over (`TargetGate.listen`); `repair` some time after it. `into_port` has recorded all along."""
+    """Made shortly before the change-over (`TargetGate.listen`); `repair` some time after it.
+
+    `into_port` has recorded all along.
+    """
 
     def __init__(self, uplinks: Sequence[str], into_port: FrameRecorder) -> None:
         self._into_port = into_port
