@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from vmferry.storage.digest import DiskDigests, blank_digests, compare, pack_par
 from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
 
 _REFRESH_EVERY_S = 0.15
+_FRESH_S = 0.25  # what the guest has written since the last reading is read again in the blackout
 _STEP_BYTES = 128 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20
@@ -122,6 +124,7 @@ class SourceProof:
         self._go = asyncio.Event()
         self._go.set()
         self._reading = True
+        self._read_at = 0.0
         self._serving = False
         self.proven = False
 
@@ -156,22 +159,21 @@ class SourceProof:
             async with self._turn:
                 await self._refresh()
             self.proven = True
-            self._reading = False
+            self._reading, self._read_at = False, time.monotonic()
             await asyncio.sleep(_REFRESH_EVERY_S)
             await self._go.wait()
             self._reading = True
 
-    def freeze(self) -> None:
-        """No new reading begins, until `thaw`."""
-        self._go.clear()
+    def rest(self, wanted: bool) -> bool:
+        """Whether nothing is being read and next to nothing is left to be read; to be called again and again.
 
-    def thaw(self) -> None:
-        """Readings go on."""
-        self._go.set()
-
-    @property
-    def frozen(self) -> bool:
-        """Whether everything was read once and nothing is being read."""
+        While it is wanted no new reading begins, except when the last one is too long ago.
+        """
+        stale = time.monotonic() - self._read_at > _FRESH_S
+        if self.proven and wanted and not (stale and not self._reading):
+            self._go.clear()
+        else:
+            self._go.set()
         return self.proven and not self._reading and not self._go.is_set()
 
     async def _record(self, name: str, number: int) -> DiskReader:

@@ -257,15 +257,9 @@ class SourceDisks:
         await proof.open()
         await proof.run()
 
-    def freeze_proof(self, freeze: bool) -> bool:
+    def rest_proof(self, wanted: bool) -> bool:
         """Whether everything is proven but the writes of the last moments, and nothing is being read."""
-        if self._proof is None:
-            return False
-        if freeze and self._proof.proven:
-            self._proof.freeze()
-        elif not freeze:
-            self._proof.thaw()
-        return self._proof.frozen
+        return self._proof is not None and self._proof.rest(wanted)
 
     async def read_last(self) -> None:
         """The guest is stopped: the writes of the last moments are read again on both sides."""

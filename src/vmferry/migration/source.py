@@ -224,6 +224,7 @@ class SourceMigration:
     async def _copy_memory(self, prepared: Prepared, settings: StreamSettings) -> None:
         monitor, memory = self.guest.monitor, _require(self._memory)
         switchover = self._arm_switchover()
+        writing_out: asyncio.Task[None] | None = None
         try:
             await prepare_source(monitor, settings)
             await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
@@ -233,6 +234,8 @@ class SourceMigration:
             self.events.phase(Phase.SWITCHOVER)
             # Now: the target ends these connections before anybody has time to look at them.
             counting = asyncio.create_task(asyncio.to_thread(_require(self._disks).sent_bytes))
+            # QEMU flushes its images when the guest has stopped: what is written out by then is quick.
+            writing_out = asyncio.create_task(sync_images(self.guest.spec))
             await memory.switch(switchover, self.parts.limits.memory_stall_s)
             self.measured.disk_bytes = await counting
         except BaseException:
@@ -240,12 +243,13 @@ class SourceMigration:
             raise
         finally:
             await _end(self._standing_by)
+            await _end(writing_out)
 
     def _rest_is_ready(self, near: bool) -> bool:
         """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
         if self._proof is not None and self._proof.done():
             self._proof.result()
-        proven = self._proof is None or _require(self._disks).freeze_proof(near)
+        proven = self._proof is None or _require(self._disks).rest_proof(near)
         if not near:
             self._standing_by = None  # what was written out by then is written anew before the end
         if proven:

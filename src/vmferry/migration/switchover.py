@@ -170,9 +170,9 @@ class Switchover:
         # A guest that was paused before does not stop again: for it the wait at pre-switchover is the moment.
         await asyncio.wait([self.stopped, self.waiting], return_when=asyncio.FIRST_COMPLETED)
         stop = self.stopped.result() if self.stopped.done() else self.waiting.result()
-        self.timeline.stop_ns = stop.received_ns
+        self.timeline.stop_ns = stop.at_ns
         self._ran_until = stop.qemu_us / 1e6 - _STOPPING_S
-        self.timeline.mark("guest stopped", stop.received_ns)
+        self.timeline.mark("guest stopped", stop.at_ns)
 
     async def _transfer(self) -> Loaded:
         await self._complete_disks()
@@ -180,7 +180,7 @@ class Switchover:
         completed = await self.completed
         if completed.data["status"] != "completed":
             raise await self._stream_failed()
-        self.timeline.mark("state sent", completed.received_ns)
+        self.timeline.mark("state sent", completed.at_ns)
         return self._require_loaded(await self.loaded)
 
     def _require_loaded(self, loaded: Loaded) -> Loaded:
@@ -198,7 +198,7 @@ class Switchover:
             waiting = await self.waiting
             if waiting.data["status"] != "pre-switchover":
                 raise await self._stream_failed()
-            mark("memory sent", waiting.received_ns)
+            mark("memory sent", waiting.at_ns)
             if self.verify_memory is not None:
                 self._memory_here = asyncio.create_task(self.verify_memory.digest())
             await self.disks.complete()

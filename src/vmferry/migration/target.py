@@ -282,7 +282,7 @@ class TargetMigration:
         resumed = guest.monitor.expect("RESUME")
         try:
             await guest.monitor.execute("cont")
-            return (await resumed).received_ns / 1e9
+            return (await resumed).at_ns / 1e9
         finally:
             resumed.cancel()
 

@@ -22,6 +22,7 @@ from vmferry.qemu.layout import (
     CONSOLE_LOG,
     FIRMWARE_CODE_NODE,
     FIRMWARE_VARIABLES_NODE,
+    TWIN_MEMORY,
     DiskAccess,
     FirmwareFiles,
     GuestLayout,
@@ -42,6 +43,10 @@ MAX_NICS = 0x1A - _FIRST_NIC_SLOT  # 0x1a and above belong to the ICH9 of q35
 RAM_ID = "pc.ram"  # QEMU's own name: also accepts the stream of a guest that was started without a backend object
 _WORD = re.compile(r"[A-Za-z0-9._+=,-]+\Z")  # the two that QEMU parses itself: machine and CPU
 _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny"
+
+# `suppress-vmdesc`: QEMU would write a description of its whole state for tools that read a stream from a file, 5 ms of
+# the blackout. Both ends must have it alike: the one that expects it waits for it.
+_MACHINE_OPTIONS = "usb=off,vmport=off,dump-guest-core=off,suppress-vmdesc=on"
 
 
 def build_command(layout: GuestLayout, listen: ListenFds) -> list[str]:
@@ -74,7 +79,8 @@ def _require_fitting(layout: GuestLayout) -> None:
 
 def _machine(layout: GuestLayout) -> list[str]:
     spec = layout.spec
-    memory = {"qom-type": "memory-backend-memfd", "id": RAM_ID, "size": spec.memory_bytes, "share": True}
+    memory = _twin_memory(layout) if layout.twin else {"qom-type": "memory-backend-memfd", "share": True}
+    memory |= {"id": RAM_ID, "size": spec.memory_bytes}
     flash = f",pflash0={FIRMWARE_CODE_NODE},pflash1={FIRMWARE_VARIABLES_NODE}" if layout.firmware else ""
     return [
         *("-name", f"guest={spec.name},debug-threads=on"),
@@ -82,7 +88,7 @@ def _machine(layout: GuestLayout) -> list[str]:
         *("-display", "none"),
         *("-msg", "timestamp=on"),
         *("-object", _json(memory)),
-        *("-machine", f"{spec.machine},usb=off,vmport=off,dump-guest-core=off,memory-backend={RAM_ID}{flash}"),
+        *("-machine", f"{spec.machine},{_MACHINE_OPTIONS},memory-backend={RAM_ID}{flash}"),
         *("-accel", "tcg,thread=multi" if layout.accel == "tcg" else layout.accel),
         *("-cpu", spec.cpu),
         *("-m", f"size={spec.memory_bytes // 1024}K"),
@@ -90,6 +96,14 @@ def _machine(layout: GuestLayout) -> list[str]:
         *("-uuid", guest_uuid(spec.id)),
         *("-rtc", "base=utc"),
     ]
+
+
+def _twin_memory(layout: GuestLayout) -> dict[str, Any]:
+    """A sparse file that is never written: only memory of a named file is left out by `x-ignore-shared`.
+
+    A memfd is not (migrate_ram_is_ignored in QEMU's migration/ram.c): all its pages would be read, and so allocated.
+    """
+    return {"qom-type": "memory-backend-file", "share": True, "mem-path": str(layout.run_dir / TWIN_MEMORY)}
 
 
 def _boot(layout: GuestLayout) -> list[str]:

@@ -24,6 +24,7 @@ YANK_SOCKET = "yank.sock"
 CONSOLE_SOCKET = "console.sock"
 QEMU_LOG = "qemu.log"
 CONSOLE_LOG = "console.log"
+TWIN_MEMORY = "memory"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,6 +36,7 @@ _LIMITS_S = {
     "query-qmp-schema": 60.0,
 }
 _OOB_LIMIT_S = 5.0
+_LATEST_NS = 1_000_000_000  # that an event was read so long after it happened is less likely than a clock that was set
 
 Yankable: TypeAlias = Mapping[str, str]
 YANK_MIGRATION: Yankable = {"type": "migration"}
@@ -89,11 +90,14 @@ class QmpTimeout(OutcomeUnknown):
 
 @dataclass(frozen=True, slots=True)
 class QmpEvent:
-    """An event. `received_ns` is time.monotonic_ns() when we read it; `qemu_us` QEMU's wall clock (Unix epoch)."""
+    """An event. `at_ns` is time.monotonic_ns() when it happened; `qemu_us` the same by QEMU's wall clock (Unix epoch).
+
+    It is read some time later, on a busy host by many milliseconds.
+    """
 
     name: str
     data: Mapping[str, Any]
-    received_ns: int
+    at_ns: int
     qemu_us: int
 
 
@@ -306,11 +310,13 @@ class Monitor:
 
     def _dispatch(self, message: Message, received_ns: int) -> None:
         stamp: Any = message.get("timestamp") or {}
+        qemu_us = int(stamp.get("seconds", 0)) * 1_000_000 + int(stamp.get("microseconds", 0))
+        late_ns = time.time_ns() - (time.monotonic_ns() - received_ns) - qemu_us * 1000
         event = QmpEvent(
             name=str(message["event"]),
             data=message.get("data") or {},  # type: ignore[arg-type]
-            received_ns=received_ns,
-            qemu_us=int(stamp.get("seconds", 0)) * 1_000_000 + int(stamp.get("microseconds", 0)),
+            at_ns=received_ns - (late_ns if 0 < late_ns < _LATEST_NS else 0),  # else somebody has set the clock
+            qemu_us=qemu_us,
         )
         for names, sink in tuple(self._sinks):
             if event.name in names:
