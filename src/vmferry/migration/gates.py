@@ -67,10 +67,9 @@ class SourceGates:
         for gate in self._gates:
             gate.close()
 
-    async def settle(self) -> None:
-        """Gives the running guest a few milliseconds to empty its rings."""
-        for gate in self._gates:
-            await gate.settle(_SETTLE_MS)
+    async def settle(self) -> bool:
+        """Gives the running guest a few milliseconds to empty its rings; whether they are empty."""
+        return all([await gate.settle(_SETTLE_MS) for gate in self._gates])
 
     def arm(self) -> None:
         """From now on what goes to the guest is kept, in case QEMU stops it before the gate is closed."""

@@ -230,6 +230,7 @@ class MemoryCopy:
         try:
             async with switchover.limited():  # also what QEMU does meanwhile: it hangs in a flush when the link is dead
                 if self.post_copy:
+                    await switchover.settle()
                     await start_postcopy(self._guest.monitor)
                 else:
                     await self._last_pass(switchover)
@@ -260,7 +261,7 @@ class MemoryCopy:
             if shrinks and send_s > _STOP_BEFORE_END_S:
                 wait_s = min(send_s - _STOP_BEFORE_END_S, _LAST_PASS_S)
                 await asyncio.wait([switchover.stopped], timeout=wait_s)
-            await switchover.gates.settle()
+            await switchover.settle()
         if not switchover.stopped.done():
             limit_ms = max(self._goal.max_blackout_ms, _LEAST_LIMIT_MS)
             await set_switchover_limit(monitor, limit_ms, max(self._rate, _SMALLEST_RATE))

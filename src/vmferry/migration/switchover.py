@@ -68,7 +68,7 @@ class Switchover:
     loaded: asyncio.Task[Loaded] = field(init=False)
     memory: MemoryDigests | None = None
     _exports_ended: asyncio.Task[Done] | None = None
-    _late: bool = False
+    _drained_running: bool = False  # with the gate closed the rings were empty, and the guest ran
     _until: float | None = None  # by the loop's clock, once the gate is closed
     _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
@@ -104,8 +104,17 @@ class Switchover:
         """From now on the guest's frames go to the target, for at most `limit_s` until it runs there. No await."""
         self._until = asyncio.get_running_loop().time() + self.limit_s
         self.gates.close()
-        self._late = self.stopped.done()
-        self.timeline.mark("gate closed late" if self._late else "gate closed")
+        self.timeline.mark("gate closed")
+
+    async def settle(self) -> None:
+        """With the gate closed: a few milliseconds in which the running guest takes what is in its rings.
+
+        If QEMU has not stopped it by itself, nothing of it stays behind then.
+        """
+        settled = await self.gates.settle()
+        # Asked after the look at the rings, and QEMU changes it before it stops the first vCPU (do_vm_stop).
+        status = (await self.guest.monitor.execute("query-status"))["status"]
+        self._drained_running = settled and status == "running"
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""
@@ -194,7 +203,7 @@ class Switchover:
         mark = self.timeline.mark
         last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
         try:
-            self.leftover_frames = self.gates.drain(self._ran_until if self._late else None)
+            self.leftover_frames = self.gates.drain(None if self._drained_running else self._ran_until)
             waiting = await self.waiting
             if waiting.data["status"] != "pre-switchover":
                 raise await self._stream_failed()
@@ -237,7 +246,7 @@ def _look_at(task: asyncio.Task[Loaded]) -> None:
         task.exception()  # what nobody waits for any more gets no warning from asyncio
 
 
-# QEMU says STOP when the vCPUs have stopped; a moment earlier the guest certainly still ran.
-_STOPPING_S = 0.003
+# QEMU says STOP when the vCPUs and the devices have stopped (7 ms later was seen); before that the guest still ran.
+_STOPPING_S = 0.02
 _LOAD = "The check's rehearsal should have found it; see the target's qemu.log."
 _STREAM = "Look at the migration network and at the target's QEMU, then migrate again."
