@@ -111,9 +111,7 @@ def _receipt(
             forwarded=counters.frames + counters.others,
             lost=counters.dropped + seen.dropped,
         ),
-        verified=Verified(
-            memory=switchover.memory if switchover else None, disks=switchover.disk_digests if switchover else ()
-        ),
+        verified=Verified(memory=switchover.memory if switchover else None, disks=measured.disks),
         network=NetworkProof(reachable_before=True if engine.guest.spec.nics else None, reachable_after=away),
         options=view.options,
         versions={"vmferry": host.parts.version, "qemu": ".".join(map(str, host.parts.features.version))},

@@ -218,15 +218,23 @@ class SourceProof:
     async def _read_last(self, name: str) -> None:
         await self._read_again(name, await self._readers[name].dirty(_bitmap(self._round)))
 
-    async def verdict(self) -> tuple[DiskVerdict, ...]:
-        """After `read_last`, with the mirrors ended: whether the copies are equal.
+    async def judge(self) -> None:
+        """After `read_last`, with the mirrors complete: returns if the copies are equal.
 
         While the source's disks are still active, that is before the stream goes on: an inactive one cannot be read.
         Raises Failed `disk-differs` with the disk and the first offset.
         """
-        return tuple(await asyncio.gather(*(self._judge(name) for name in self._disks)))
+        await asyncio.gather(*(self._judge(name) for name in self._disks))
 
-    async def _judge(self, name: str) -> DiskVerdict:
+    def verdicts(self) -> tuple[DiskVerdict, ...]:
+        """For the receipt, after `judge`. Takes milliseconds for large disks: not while the guest waits for it."""
+        found = []
+        for disk in self._guest.spec.disks:
+            ours, theirs = self._readers[disk.name].digests.whole, self._theirs[disk.name].whole
+            found.append(DiskVerdict(disk.name, Path(disk.path).name, ours, theirs, ours == theirs))
+        return tuple(found)
+
+    async def _judge(self, name: str) -> None:
         # What was read on the two sides at different moments of a write is read once more, now that nothing writes.
         await self._read_again(name, ())
         ours, theirs = self._readers[name].digests, self._theirs[name]
@@ -237,9 +245,6 @@ class SourceProof:
                 f"Disk {name} on the target is not what left the source, first at offset {differing[0]}.",
                 "The guest runs on here. Look at the target's storage; then migrate again.",
             )
-        layer = next(disk.path for disk in self._guest.spec.disks if disk.name == name)
-        ours_whole, theirs_whole = ours.whole, theirs.whole
-        return DiskVerdict(name, Path(layer).name, ours_whole, theirs_whole, ours_whole == theirs_whole)
 
     async def _forget(self, name: str, number: int) -> None:
         await remove_export(self._guest.monitor, f"nbd.{_export(name, number)}")

@@ -266,9 +266,14 @@ class SourceDisks:
         if self._proof is not None:
             await self._proof.read_last()
 
-    async def compare(self) -> tuple[DiskVerdict, ...]:
-        """The last comparison, when the mirrors have ended. Raises Failed `disk-differs`."""
-        return await self._proof.verdict() if self._proof is not None else ()
+    async def compare(self) -> None:
+        """The last comparison, when the mirrors are complete. Raises Failed `disk-differs`."""
+        if self._proof is not None:
+            await self._proof.judge()
+
+    def verdicts(self) -> tuple[DiskVerdict, ...]:
+        """What the receipt says of the disks, after `compare`. Not while the guest waits for it."""
+        return self._proof.verdicts() if self._proof is not None else ()
 
     async def complete(self) -> None:
         """The guest is stopped: every target is an exact copy when this returns. Raises MirrorFailed.

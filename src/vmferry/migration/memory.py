@@ -16,6 +16,7 @@ from vmferry.migration.guest import RunningGuest
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Failed
 from vmferry.model.migration import Range
+from vmferry.qemu.connections import SendQueues
 from vmferry.qemu.memory_stream import (
     MemorySample,
     observe_migration,
@@ -37,6 +38,8 @@ _LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network
 _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
+_FREE_S = 0.004
+_CROWDED_S = 0.3
 _LONG_PASS_S = 1.0
 _BROKEN = "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again."
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
@@ -61,6 +64,9 @@ class MemoryCopy:
         self._throttle = 0
         self._moved_at = 0.0
         self._last_transferred = -1
+        self._queues: SendQueues | None = None
+        self._crowded_since = 0.0
+        self._port = 0
         self.sent_bytes = 0
         self.rounds = 0
         self.post_copy = False
@@ -68,6 +74,7 @@ class MemoryCopy:
     async def start(self, host: str, port: int) -> None:
         """Starts the stream with QEMU's own stop rule switched off."""
         monitor = self._guest.monitor
+        self._port = port
         await set_switchover_limit(monitor, 1, 1000)  # 1 ms at 1000 B/s: one byte
         self._began = self._moved_at = time.monotonic()
         await start_outgoing(monitor, host, port)
@@ -90,7 +97,7 @@ class MemoryCopy:
                 self._note_pass(sample)
                 ready = rest_is_ready(self._is_near(sample))
                 await self._hold(ready)
-                if self._passes and ready and await self._advised():
+                if self._passes and ready and await self._advised() and await self._is_way_free():
                     return
 
     async def _look(self, stall_s: float) -> MemorySample:
@@ -202,10 +209,31 @@ class MemoryCopy:
                     "Allow a longer --max-blackout or a larger --max-slowdown, more --bandwidth, or --post-copy allow.",
                 )
 
+    async def _is_way_free(self) -> bool:
+        """Whether what was sent has nearly all arrived: what is in the way would arrive before the guest's state.
+
+        Sockets take many milliseconds' worth of a pass at once. Most of it goes in the short passes that follow; a
+        guest that writes as fast as the network carries keeps it full, and is not waited for any longer then.
+        """
+        if self._queues is None:
+            self._queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
+        now = time.monotonic()
+        waiting_s = self._queues.waiting_bytes() / max(self._rate, _SMALLEST_RATE)
+        if waiting_s <= _FREE_S or (self._crowded_since and now - self._crowded_since > _CROWDED_S):
+            return True
+        self._crowded_since = self._crowded_since or now
+        return False
+
     async def _slow_down(self, percent: int) -> None:
         """Raises QEMU's auto-converge, which is on from the start with at most 1 percent."""
         self._throttle = percent
         await set_throttle(self._guest.monitor, percent, percent, percent)
+
+    def close(self) -> None:
+        """Lets go of QEMU's connections. Idempotent."""
+        if self._queues is not None:
+            self._queues.close()
+            self._queues = None
 
     # -- the stop ----------------------------------------------------------------------------------------------------
 

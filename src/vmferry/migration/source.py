@@ -43,12 +43,14 @@ from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, VmferryError
 from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, Range, Verify
 from vmferry.model.names import stream_name
+from vmferry.model.receipt import DiskDigests
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, set_throttle
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.3
+_CARRYING_NICE = -10
 _SLOW_DIGEST_RATE = 1 << 30  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
 
@@ -62,6 +64,7 @@ class Measured:
     blackout_ms: float = 0.0
     memory_bytes: int = 0
     disk_bytes: int = 0
+    disks: tuple[DiskDigests, ...] = ()
     rounds: int = 0
     handoff_at: float = 0.0
 
@@ -122,6 +125,7 @@ class SourceMigration:
             await self._memory.measure()
             self.measured.memory_bytes, self.measured.rounds = self._memory.sent_bytes, self._memory.rounds
         if self._disks is not None:
+            self.measured.disks = await asyncio.to_thread(self._disks.verdicts)
             await self._disks.let_go()
         if self._reader is not None:
             await asyncio.to_thread(self._reader.close)
@@ -242,6 +246,7 @@ class SourceMigration:
             switchover.disarm()
             raise
         finally:
+            memory.close()
             await _end(self._standing_by)
             await _end(writing_out)
 
@@ -268,6 +273,8 @@ class SourceMigration:
         if self._reader is not None:
             here.append(self._reader.prepare())
         await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
+        # What carries the guest over must not wait for others' work; `_undo` takes it back.
+        self.guest.process.set_priority(_CARRYING_NICE, vcpus=False)
         _require(self.measured.switchover).timeline.mark("standing by")
 
     @property
@@ -407,6 +414,7 @@ class SourceMigration:
             await asyncio.to_thread(self._reader.close)
             self._reader = None
         if self.guest.process.running:
+            self.guest.process.set_priority(0)
             await remove_tls(self.guest.monitor, SOURCE_TLS)
 
     async def _stop_stream(self) -> None:

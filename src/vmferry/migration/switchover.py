@@ -12,6 +12,7 @@ import contextlib
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from vmferry.migration.disks import SourceDisks
 from vmferry.migration.gates import SourceGates
@@ -19,7 +20,7 @@ from vmferry.migration.guest import RunningGuest
 from vmferry.migration.link import PeerLink
 from vmferry.migration.messages import AwaitLoaded, DisksComplete, Done, Loaded, PlugPorts
 from vmferry.model.errors import Failed
-from vmferry.model.receipt import DiskDigests, MemoryDigests, Step
+from vmferry.model.receipt import MemoryDigests, Step
 from vmferry.qemu.memory_image import MemoryDigest, MemoryReader
 from vmferry.qemu.memory_stream import continue_switchover, expect_status, observe_migration
 from vmferry.qemu.monitor import QmpEvent
@@ -72,7 +73,6 @@ class Switchover:
     _until: float | None = None  # by the loop's clock, once the gate is closed
     _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
-    disk_digests: tuple[DiskDigests, ...] = ()
 
     def arm(self) -> None:
         """Listens for everything that will be waited for. Before the memory stream starts."""
@@ -131,6 +131,7 @@ class Switchover:
             await self._wait_for_stop()
         async with self.limited():
             await self._complete_disks()
+        self._end_exports()
 
     async def start_post_copy(self) -> None:
         """Post-copy, with the handoff written: the target gets the state and may run; memory follows on demand."""
@@ -186,11 +187,16 @@ class Switchover:
     async def _transfer(self) -> Loaded:
         await self._complete_disks()
         await continue_switchover(self.guest.monitor)
-        completed = await self.completed
-        if completed.data["status"] != "completed":
+        self._end_exports()
+        # The target's word is enough, and a millisecond earlier than that of our own QEMU.
+        either: list[asyncio.Future[Any]] = [self.loaded, self.completed]
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not self.loaded.done() and self.completed.result().data["status"] != "completed":
             raise await self._stream_failed()
-        self.timeline.mark("state sent", completed.at_ns)
         return self._require_loaded(await self.loaded)
+
+    def _end_exports(self) -> None:
+        self._exports_ended = asyncio.create_task(self.link.call(DisksComplete(self.migration_id), Done))
 
     def _require_loaded(self, loaded: Loaded) -> Loaded:
         if loaded.problem:
@@ -214,9 +220,8 @@ class Switchover:
             mark("disks complete")
             if last_writes is not None:
                 await last_writes
-                self.disk_digests = await self.disks.compare()
+                await self.disks.compare()
                 mark("disks compared")
-            self._exports_ended = asyncio.create_task(self.link.call(DisksComplete(self.migration_id), Done))
         finally:
             if last_writes is not None:
                 last_writes.cancel()

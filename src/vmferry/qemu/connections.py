@@ -1,16 +1,22 @@
-"""What went over a guest process's TCP connections, asked of the kernel through duplicates of its descriptors."""
+"""What is on the way over a guest process's TCP connections, asked of the kernel through duplicates of descriptors."""
 
 from __future__ import annotations
 
+import fcntl
 import socket
 import struct
+from collections.abc import Iterator
 
 from vmferry.model.errors import Failed
 from vmferry.qemu.process import GuestProcess
 
+_INT = struct.Struct("@i")
 _TCP_INFO = 11
 # struct tcp_info of linux/tcp.h: tcpi_bytes_acked is the u64 at 120, since Linux 4.1.
 _BYTES_ACKED = struct.Struct("@120xQ")
+
+
+_SIOCOUTQ = 0x5411  # tcp(7): bytes in the send queue, sent and not acknowledged ones included
 
 
 def sum_sent(process: GuestProcess, port: int) -> int:
@@ -19,6 +25,35 @@ def sum_sent(process: GuestProcess, port: int) -> int:
     With encryption and framing, without TCP's and IP's headers. Blocks for a moment; 0 if there is no connection.
     """
     total = 0
+    for sock in _connections(process, port):
+        info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
+        total += int(_BYTES_ACKED.unpack_from(info)[0])
+    return total
+
+
+class SendQueues:
+    """The process's connections to a remote port, as they are now; held open until `close`."""
+
+    def __init__(self, process: GuestProcess, port: int) -> None:
+        """Blocks for a moment."""
+        self._sockets = [sock.dup() for sock in _connections(process, port)]
+
+    def waiting_bytes(self) -> int:
+        """Bytes that were written and have not been acknowledged."""
+        total = 0
+        for sock in self._sockets:
+            (waiting,) = _INT.unpack(fcntl.ioctl(sock, _SIOCOUTQ, bytes(_INT.size)))
+            total += waiting
+        return total
+
+    def close(self) -> None:
+        for sock in self._sockets:
+            sock.close()
+        self._sockets = []
+
+
+def _connections(process: GuestProcess, port: int) -> Iterator[socket.socket]:
+    """Duplicates, each closed when the next one is asked for."""
     for file in process.find_fds(lambda file: file.target.startswith("socket:")):
         try:
             fd = process.duplicate(file.fd)
@@ -30,6 +65,4 @@ def sum_sent(process: GuestProcess, port: int) -> int:
             except OSError:
                 continue  # a listening or closed socket
             if sock.family in (socket.AF_INET, socket.AF_INET6) and peer[1] == port:
-                info = sock.getsockopt(socket.IPPROTO_TCP, _TCP_INFO, 256)
-                total += int(_BYTES_ACKED.unpack_from(info)[0])
-    return total
+                yield sock

@@ -43,6 +43,7 @@ __all__ = ["GuestProcess", "GuestUser", "OpenFile", "ProcessIdentity", "adopt_gu
 
 _LOG_TAIL_BYTES = 4096
 _MEMFD_NAME = "memory-backend-memfd"
+_VCPU_THREAD = "CPU "  # QEMU's names with debug-threads=on: CPU 0/KVM, CPU 0/TCG
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,14 +163,16 @@ class GuestProcess:
         """A duplicate of the descriptor of a tap, by the interface's name. Raises as `steal_fd` does."""
         return self.steal_fd(lambda file: f"iff:\t{interface}\n" in file.info)
 
-    def set_priority(self, nice: int) -> None:
-        """Sets the nice value of all threads there are. Raises Failed `priority-not-set`."""
+    def set_priority(self, nice: int, *, vcpus: bool = True) -> bool:
+        """Sets the nice value of all threads there are, or of all but the vCPUs'. False if that is not allowed."""
         try:
             for task in Path(f"/proc/{self.pid}/task").iterdir():
-                with contextlib.suppress(ProcessLookupError):
-                    os.setpriority(os.PRIO_PROCESS, int(task.name), nice)
-        except OSError as error:
-            raise Failed("priority-not-set", f"The guest's priority cannot be set: {error}.") from error
+                with contextlib.suppress(ProcessLookupError, FileNotFoundError):
+                    if vcpus or not (task / "comm").read_text().startswith(_VCPU_THREAD):
+                        os.setpriority(os.PRIO_PROCESS, int(task.name), nice)
+        except (PermissionError, FileNotFoundError):
+            return False
+        return True
 
     def log_tail(self, lines: int = 8) -> list[str]:
         """The last lines of what QEMU wrote to its log (that is where its late errors are)."""
