@@ -131,6 +131,8 @@ def _judge(result: Measured, seen: Seen) -> Measured:
         gap_ms=seen.probe["longest_gap_ms"],
         switch_gap_ms=_gap_at(pause, seen.probe["gaps"]),
         lost=seen.probe["lost"],
+        lost_runs=tuple(seen.probe["lost_runs"]),
+        lost_requests=seen.probe["lost_requests"],
         lost_at_switch=_lost_at(pause, seen.probe["lost_runs"]),
         others=None if seen.others is None else round(seen.others, 3),
         total_ms=seen.total_ms,

@@ -71,10 +71,13 @@ class SourceGates:
         """Gives the running guest a few milliseconds to empty its rings; whether they are empty."""
         return all([await gate.settle(_SETTLE_MS) for gate in self._gates])
 
-    def arm(self) -> None:
-        """From now on what goes to the guest is kept, in case QEMU stops it before the gate is closed."""
+    async def arm(self) -> None:
+        """From now on what goes to the guest is kept, in case QEMU stops it before the gate is closed.
+
+        To be called from time to time until then: what is old is forgotten.
+        """
         for gate in self._gates:
-            gate.arm()
+            await gate.arm()
 
     def drain(self, stopping_since: float | None = None) -> int:
         """Sends on what is left in the old rings; the guest is stopped. See `SourceGate.drain`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from vmferry.migration.convergence import Goal, PassStart, Step, decide, next_pass_ms
 from vmferry.migration.guest import RunningGuest
@@ -81,7 +81,7 @@ class MemoryCopy:
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
-    async def converge(self, rest_is_ready: Callable[[bool], bool], stall_s: float) -> None:
+    async def converge(self, rest_is_ready: Callable[[bool], Awaitable[bool]], stall_s: float) -> None:
         """Rounds until the end of the present pass is the time to switch over.
 
         `rest_is_ready` is told whether the end is near, and says whether everything else is ready for it. Raises Failed
@@ -90,12 +90,12 @@ class MemoryCopy:
         """
         async with self._guest.monitor.subscribe(_EVENTS) as events:
             while True:
-                event = await _event_or_tick(events, _LOOK_NEAR_EVERY_S if self._near else _LOOK_EVERY_S)
-                sample = await self._look(stall_s)
-                if _stopped(event):
+                happened = await _events_or_tick(events, _LOOK_NEAR_EVERY_S if self._near else _LOOK_EVERY_S)
+                if any(_has_stopped(event) for event in happened):
                     return
+                sample = await self._look(stall_s)
                 self._note_pass(sample)
-                ready = rest_is_ready(self._is_near(sample))
+                ready = await rest_is_ready(self._is_near(sample))
                 await self._hold(ready)
                 if self._passes and ready and await self._advised() and await self._is_way_free():
                     return
@@ -250,7 +250,7 @@ class MemoryCopy:
 
     async def _land(self, switchover: Switchover, events: EventStream, stall_s: float) -> None:
         """From the beginning of the next pass on the guest's frames go to the target, and it stops soon after."""
-        switchover.gates.arm()
+        await switchover.gates.arm()
         await self._next_pass(events, switchover, stall_s)
         # At once, before anything is asked: a short pass is over in milliseconds, and QEMU may stop the guest then.
         switchover.close_gate()
@@ -295,13 +295,13 @@ class MemoryCopy:
             await set_switchover_limit(monitor, limit_ms, max(self._rate, _SMALLEST_RATE))
 
 
-def _stopped(event: QmpEvent | None) -> bool:
-    return event is not None and (event.name == "STOP" or event.data.get("status") == "pre-switchover")
+def _has_stopped(event: QmpEvent) -> bool:
+    return event.name == "STOP" or event.data.get("status") == "pre-switchover"
 
 
-async def _event_or_tick(events: EventStream, within_s: float) -> QmpEvent | None:
-    """The next event, or None when there was none for so long."""
+async def _events_or_tick(events: EventStream, within_s: float) -> list[QmpEvent]:
+    """All events there are, after waiting so long for the first; short passes bring them faster than we look."""
     try:
-        return await asyncio.wait_for(events.get(), within_s)
+        return [await asyncio.wait_for(events.get(), within_s), *events.take()]
     except TimeoutError:
-        return None
+        return []

@@ -250,12 +250,14 @@ class SourceMigration:
             await _end(self._standing_by)
             await _end(writing_out)
 
-    def _rest_is_ready(self, near: bool) -> bool:
+    async def _rest_is_ready(self, near: bool) -> bool:
         """Whether the disks are proven up to now, and resting. Raises what broke the proof."""
         if self._proof is not None and self._proof.done():
             self._proof.result()
         proven = self._proof is None or _require(self._disks).rest_proof(near)
-        if not near:
+        if near:
+            await _require(self._gates).arm()
+        else:
             self._standing_by = None  # what was written out by then is written anew before the end
         if proven:
             _require(self.measured.switchover).timeline.mark_once("disks proven")

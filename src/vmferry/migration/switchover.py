@@ -95,7 +95,6 @@ class Switchover:
 
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
-        self.gates.arm()
         async with self.limited():
             await self.link.call(PlugPorts(self.migration_id), Done, timeout_s=_ANY_TIME_S)
         self.timeline.mark("target plugged")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunne
 EXISTS: Final = frozenset({errno.EEXIST})
 GONE: Final = frozenset({errno.ENOENT, errno.EINVAL, errno.ENODEV})
 _UNICAST_PRIORITY, _OTHER_PRIORITY = 10, 20
+_REMEMBERED_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,7 @@ class SourceGate:
         self._prepared: _Prepared | None = None
         self._redirects: tuple[Redirect, ...] = ()
         self._recorder: FrameRecorder | None = None
+        self._recorded: list[tuple[bytes, float]] = []
         self._sent_for_qemu: list[bytes] = []
         self._drained = 0
         self._reinjected = 0
@@ -154,13 +157,17 @@ class SourceGate:
                 return False
             await asyncio.sleep(0.0005)
 
-    def arm(self) -> None:
+    async def arm(self) -> None:
         """Keeps a copy of what goes into the port from now on (up to 64 MiB), for `drain(stopping_since)`.
 
-        For a guest that may stop before the gate is closed, because QEMU chooses the moment. Raises KernelRefused.
+        For a guest that may stop before the gate is closed, because QEMU chooses the moment. Called again it forgets
+        what is older than a second, so that there is room. Raises KernelRefused, Failed.
         """
         if self._recorder is None:
             self._recorder = self._open.enter_context(FrameRecorder(self._port.name, Recorded.TO_GUEST))
+        fresh = await aside(self._recorder.take_stamped)
+        since = time.time() - _REMEMBERED_S
+        self._recorded = [frame for frame in (*self._recorded, *fresh) if frame[1] >= since]
 
     def drain(self, stopping_since: float | None = None) -> int:
         """Sends what is left in the port's ring to the target; how many frames. Only with the gate closed and the
@@ -185,7 +192,7 @@ class SourceGate:
         """The frame QEMU keeps in its own queue: the last one before those left, if it was read after STOP."""
         if self._recorder is None or stopping_since is None:
             return []
-        recorded = self._recorder.take_stamped()
+        recorded = [*self._recorded, *self._recorder.take_stamped()]
         if len(recorded) <= left or self._recorder.missed():
             return []
         frame, entered = recorded[-left - 1]

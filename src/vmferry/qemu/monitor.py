@@ -156,6 +156,17 @@ class EventStream:
             raise item
         return item
 
+    def take(self) -> list[QmpEvent]:
+        """What has come and was not asked for yet, without waiting."""
+        found = []
+        while not self._queue.empty():
+            item = self._queue.get_nowait()
+            if isinstance(item, QmpLost):
+                self._queue.put_nowait(item)  # for the next `get`
+                break
+            found.append(item)
+        return found
+
     def __aiter__(self) -> Self:
         return self
 
