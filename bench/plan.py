@@ -99,7 +99,8 @@ class Measured:
 
     `blackout_ms`: the source's STOP to the target's RESUME, from the events' own timestamps. `gap_ms`: the client's
     longest gap. `switch_gap_ms`: its longest gap that overlaps the blackout. `lost_at_switch`: probes lost that were
-    sent in or close to the blackout, `lost_requests` those that never got to the guest. `others`: which part of the processors' time others used during the migration.
+    sent in or close to the blackout, `lost_requests` those that never got to the guest. `others`: which part of the
+    processors' time others used during the migration.
     """
 
     tool: str

@@ -16,7 +16,7 @@ from vmferry.network.priming import prime_port
 
 _QUIET_S = 0.4
 _LOOK_EVERY_S = 0.05
-_SETTLE_MS = 4.0
+_SETTLE_MS = 12.0
 
 
 def gate_vni(migration_id: str) -> int:

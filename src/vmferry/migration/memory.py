@@ -38,6 +38,7 @@ _LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network
 _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
+_QUIET_PASS_MS = 1.0
 _FREE_S = 0.004
 _CROWDED_S = 0.3
 _LONG_PASS_S = 1.0
@@ -96,8 +97,10 @@ class MemoryCopy:
                 sample = await self._look(stall_s)
                 self._note_pass(sample)
                 ready = await rest_is_ready(self._is_near(sample))
-                await self._hold(ready)
-                if self._passes and ready and await self._advised() and await self._is_way_free():
+                advised = bool(self._passes) and ready and await self._advised()
+                free = advised and await self._is_way_free()
+                await self._hold(ready and (free or not advised or not self._is_quiet()))
+                if free:
                     return
 
     async def _look(self, stall_s: float) -> MemorySample:
@@ -164,6 +167,13 @@ class MemoryCopy:
         self._near = started and near
         self._ending = started and self._left_s(sample) < _ENDING_S
         return self._near
+
+    def _is_quiet(self) -> bool:
+        """Whether a pass may find nothing left at its end: then QEMU stops the guest by itself, before the gate closes.
+
+        That ends well, too, but costs time. After a pass that was held for a while there is something left.
+        """
+        return next_pass_ms(tuple(self._passes), self._goal) < _QUIET_PASS_MS
 
     async def _hold(self, ready: bool) -> None:
         """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end."""

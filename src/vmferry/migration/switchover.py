@@ -114,6 +114,8 @@ class Switchover:
         # Asked after the look at the rings, and QEMU changes it before it stops the first vCPU (do_vm_stop).
         status = (await self.guest.monitor.execute("query-status"))["status"]
         self._drained_running = settled and status == "running"
+        if self._drained_running:
+            self.timeline.mark("rings empty")
 
     async def transfer(self) -> None:
         """From the guest's stop until all of it is on the target and proven equal. Raises Failed with the reason."""

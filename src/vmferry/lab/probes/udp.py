@@ -30,13 +30,14 @@ class UdpProbe:
         self._padding = b"\0" * max(0, size - _REQUEST.size)
         self._sent_ns = array("q")
         self._numbers, self._counts, self._arrived_ns = array("q"), array("q"), array("q")
+        self._answered: set[int] = set()  # a reply may come twice
         self._refused = self._send_errors = self._strange = 0
         self.socket = _open(target, port)
 
     @property
     def outstanding(self) -> int:
         """Requests without a reply so far."""
-        return len(self._sent_ns) - len(self._numbers)
+        return len(self._sent_ns) - len(self._answered)
 
     def send(self) -> None:
         """Sends the next request. Errors (no route, no neighbour) are counted, the number is used up."""
@@ -71,6 +72,7 @@ class UdpProbe:
             self._strange += 1
             return
         self._numbers.append(number)
+        self._answered.add(number)
         self._counts.append(int.from_bytes(data[-8:], "big"))
         self._arrived_ns.append(_kernel_time(extra))
 
@@ -89,7 +91,7 @@ class UdpProbe:
 
     def report(self, latest_ns: int) -> dict[str, Any]:
         """Everything, once the run is over."""
-        seen = set(self._numbers)
+        seen = self._answered
         lost = [number for number in range(len(self._sent_ns)) if number not in seen]
         lost_replies = max(0, max(self._counts, default=0) - len(self._numbers))
         arrived = sorted(self._arrived_ns)
