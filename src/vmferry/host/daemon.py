@@ -86,7 +86,7 @@ class Daemon:
         config, parts = self.config, self.parts
         self.peers = Peers(config, self.journal, self._client_context)
         await self.peers.load()
-        self.views = MigrationViews(self.journal)
+        self.views = MigrationViews(self.journal, config.name)
         await self.views.load()
         self.vms = Vms(parts, self.journal, VmFiles(parts))
         self.joining = Joining(config, self.journal, self.peers)
