@@ -38,7 +38,6 @@ LIMITS = EngineLimits(
     request_s=1,
     prepare_s=5,
     start_s=5,
-    peer_silence_s=1,
     disk_stall_s=1,
     memory_stall_s=1,
     switchover_s=1,
