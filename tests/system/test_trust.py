@@ -93,18 +93,15 @@ def knock(rig: Rig, server: str, pair: Pair | None) -> str:
 def test_client_is_refused(rig: Rig, tmp_path: Path, kind: str, server: str) -> None:
     begin = rig.host(server).log.stat().st_size
     answer = knock(rig, server, make_pair(rig, tmp_path, kind, rig.other(server)))
-    # asyncio hangs up without the alert; what our own programs make of that is below
+    # an alert; what our own programs make of it is below, and in tests/contract/api/test_refusals.py
     assert not answer.startswith("HTTP/1.1") or answer.startswith("HTTP/1.1 4"), answer
     print(answer)
     said = wait_for(f"{server} says that it refused", lambda: log_since(rig, server, begin), 5.0)
     assert re.search(r"refused|certificate", said), said
 
 
-@pytest.mark.xfail(
-    strict=True, reason="asyncio sends no alert, and api.transport takes the closed connection for a broken answer"
-)
 def test_refused_command_line(rig: Rig, tmp_path: Path) -> None:
-    """The command on a host of another CA says that the certificate may be why."""
+    """The command on a host of another CA says that the certificate is why."""
     pair = make_pair(rig, tmp_path, "other CA", "host2")
     assert pair is not None
     pair.certificate.rename(tmp_path / "host.pem")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ssl
 from pathlib import Path
+from typing import Any
 
 from vmferry.api import certificates as certs
 from vmferry.api.identity import certificate_expiry, finish_installation, no_identity
@@ -33,13 +34,52 @@ _ALERT_REASONS = {
 }
 
 
+class _SpokenRefusal(ssl.SSLObject):
+    """A server's side of a connection under asyncio whose refusal reaches the other side.
+
+    asyncio ends a connection at the first error of its handshake and drops the alert that OpenSSL has made for it
+    (CPython, Lib/asyncio/sslproto.py, `_on_handshake_complete`), so that a client could not tell a refused certificate
+    from a daemon that died. What is to be sent goes out when a handshake only waits for bytes: that is what it is told
+    first, and the error at the next bytes. A client that has been refused hangs up; one that does not is cut off by
+    asyncio's limit for handshakes, as is one that never says a word.
+    """
+
+    outgoing: ssl.MemoryBIO
+    _refusal: ssl.SSLError | None = None
+
+    def do_handshake(self) -> None:
+        if self._refusal is not None:
+            raise self._refusal
+        try:
+            super().do_handshake()
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise
+        except ssl.SSLError as error:
+            if not self.outgoing.pending:  # no alert: it spoke no TLS at all
+                raise
+            self._refusal = error
+            raise ssl.SSLWantReadError(ssl.SSL_ERROR_WANT_READ, "the alert is to be sent") from error
+
+
+class _ServerContext(ssl.SSLContext):
+    """Makes connections of that kind where asyncio asks for one; `wrap_socket` sends its alerts by itself."""
+
+    sslobject_class = _SpokenRefusal
+
+    def wrap_bio(self, incoming: ssl.MemoryBIO, outgoing: ssl.MemoryBIO, *args: Any, **kwargs: Any) -> ssl.SSLObject:
+        connection = super().wrap_bio(incoming, outgoing, *args, **kwargs)
+        assert isinstance(connection, _SpokenRefusal)
+        connection.outgoing = outgoing
+        return connection
+
+
 def server_context(directory: Path, *, joining: bool = False) -> ssl.SSLContext:
-    """For the API's listener: TLS 1.3, client certificates of our CA only.
+    """For the API's listener: TLS 1.3, client certificates of our CA only; who is refused is told why, by an alert.
 
     With `joining` a client without a certificate gets through too (one with a wrong certificate does not): then every
     request but those for joining must call `peer_host_name`. Raises NotFound `no-identity`, Refused `expired`.
     """
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context = _ServerContext(ssl.PROTOCOL_TLS_SERVER)
     context.verify_mode = ssl.CERT_OPTIONAL if joining else ssl.CERT_REQUIRED
     _harden(context)
     _trust(context, directory)

@@ -86,7 +86,7 @@ class Daemon:
         config, parts = self.config, self.parts
         self.peers = Peers(config, self.journal, self._client_context)
         await self.peers.load()
-        self.views = MigrationViews(self.journal)
+        self.views = MigrationViews(self.journal, config.name)
         await self.views.load()
         self.vms = Vms(parts, self.journal, VmFiles(parts))
         self.joining = Joining(config, self.journal, self.peers)
@@ -270,7 +270,6 @@ def _limits(config: HostConfig) -> EngineLimits:
         request_s=limits.request_timeout_ms / 1000,
         prepare_s=limits.prepare_timeout_ms / 1000,
         start_s=limits.start_timeout_ms / 1000,
-        peer_silence_s=limits.peer_silence_ms / 1000,
         disk_stall_s=limits.disk_stall_ms / 1000,
         memory_stall_s=limits.memory_stall_ms / 1000,
         switchover_s=limits.switchover_stall_ms / 1000,

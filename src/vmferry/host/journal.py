@@ -2,7 +2,8 @@
 
 The one place that imports sqlite3. Every method is one transaction and returns after it is on disk
 (`synchronous=FULL`: SQLite syncs the WAL at each commit). All of them run on one thread of their own, in order.
-Errors: `JournalBroken` when the file is damaged or the disk refuses; then nothing of that call was written.
+Errors: `JournalBroken` when the file is damaged or the disk refuses; then nothing of that call was written. A row that
+decides who may run a VM is read as it was written or not at all; what is only shown may be unreadable (`list_views`).
 """
 
 from __future__ import annotations
@@ -59,6 +60,20 @@ class VmRow:
     wanted: str
     pid: int = 0
     start_ticks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ViewRow:
+    """What was saved to be shown of a migration's `role` on this host; `began_at` is RFC 3339 in UTC.
+
+    `view` None: nothing was saved, or `problem` says why what was saved cannot be read.
+    """
+
+    id: str
+    role: str
+    began_at: str
+    view: MigrationView | None
+    problem: str = ""
 
 
 class _BadRow(Exception):
@@ -272,14 +287,9 @@ class Journal:
             )
         )
 
-    async def list_views(self) -> list[MigrationView]:
-        """All that were saved, newest first."""
-        return await self._write(
-            lambda db: [
-                _load(MigrationView, row[0])
-                for row in db.execute("SELECT view FROM migration WHERE view!='' ORDER BY created DESC")
-            ]
-        )
+    async def list_views(self) -> list[ViewRow]:
+        """What was saved of all migrations, newest first. One that cannot be read is no error: it decides nothing."""
+        return await self._write(lambda db: [_view_row(row) for row in db.execute(_SELECT_VIEW)])
 
     async def save_document(self, migration_id: str, kind: str, document: object) -> None:
         """Keeps a `checked` or `receipt` document with every record of the migration on this host."""
@@ -332,21 +342,36 @@ class Journal:
 
 
 _SELECT_VM = "SELECT spec, owned, wanted, pid, start_ticks FROM vm"
+# As bytes: sqlite3 would refuse the whole query for one text that is no UTF-8 any more.
+_SELECT_VIEW = """
+SELECT id, role, coalesce(strftime('%Y-%m-%dT%H:%M:%f+00:00', created), ''), CAST(view AS BLOB)
+FROM migration ORDER BY created DESC
+"""
 
 
 def _dump(value: object) -> str:
     return json.dumps(encode(value), separators=(",", ":"))
 
 
-def _load(kind: type[T], text: str) -> T:
+def _load(kind: type[T], text: str | bytes) -> T:
     try:
         return decode(kind, json.loads(text))
-    except (ValueError, WrongInput) as error:
+    except (ValueError, RecursionError, WrongInput) as error:
         raise _BadRow(str(error)) from error
 
 
 def _vm_row(row: tuple[str, int, str, int, int]) -> VmRow:
     return VmRow(_load(VmSpec, row[0]), bool(row[1]), row[2], row[3], row[4])
+
+
+def _view_row(row: tuple[str, str, str, bytes]) -> ViewRow:
+    migration_id, role, began_at, saved = row
+    if not saved:
+        return ViewRow(migration_id, role, began_at, None)
+    try:
+        return ViewRow(migration_id, role, began_at, _load(MigrationView, saved))
+    except _BadRow as error:
+        return ViewRow(migration_id, role, began_at, None, str(error))
 
 
 def _record(text: str, state: str) -> MigrationRecord:

@@ -58,6 +58,7 @@ class Outgoing:
     task: asyncio.Task[None] | None = None
     engine: SourceMigration | None = None
     resumed: bool = False  # after a restart of the daemon: it is undone or settled, not cancelled
+    settled: MigrationRecord | None = None  # as it was written, where there is no engine to hold it
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # ask the target now
 
 
@@ -284,7 +285,7 @@ class Migrations:
     async def _fail(self, outgoing: Outgoing, record: MigrationRecord, outcome: Outcome, reason: Reason) -> None:
         """The guest is here; the record is closed and the VM let go."""
         engine = outgoing.engine
-        record = engine.record if engine else record
+        record = engine.record if engine else outgoing.settled or record
         if record.state in (RecordState.HANDED_OVER, RecordState.TAKEN):
             # Never let go of here: it may run on the target. The record says so, also to the next life of the daemon.
             log.alarm("handed-over-and-failed", id=record.id, reason=reason.code, message=reason.message)
@@ -361,7 +362,7 @@ class Migrations:
                 await self._finish_without_guest(outgoing.vm, record)
                 return
             if decision.act is Act.TAKE_BACK:
-                await self._journal.move(record, RecordState.ENDED)
+                outgoing.settled = await self._journal.move(record, RecordState.ENDED)
                 message = f"{record.peer} has refused the VM. Its guest ended here with its host; the disks are here."
                 raise Failed("taken-back", message, f"Start it: vmferry vm start {record.vm_name}.")
             self._views.change(record.id, outcome=Outcome.UNKNOWN, reason=_unknown(record, decision.why))

@@ -11,10 +11,8 @@ accidents; who wants to forge a digest can just as well report a wrong one. The 
 from __future__ import annotations
 
 import base64
-import binascii
 import struct
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -34,7 +32,6 @@ _STEP_BYTES = 1 << 20
 _ASK_FOR_ZEROS_BYTES = 8 << 20
 _HEADER = struct.Struct(">4sQI")
 _MAGIC = b"VFD1"
-_LARGEST_PACKED = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,25 +85,13 @@ def blank_digests(size_bytes: int) -> DiskDigests:
     return DiskDigests(size_bytes, chunk, bytes(_DIGEST_BYTES * -(-size_bytes // chunk)))
 
 
-def digest_disk(client: NbdClient, chunk_bytes: int = 0, watch: Watch | None = None) -> DiskDigests:
-    """Reads all of the disk that is not known to be zero. `chunk_bytes` 0 is `chunk_bytes_for` its size.
-
-    Raises the errors of NbdClient, DigestCancelled.
-    """
-    chunk = chunk_bytes or chunk_bytes_for(client.size_bytes)
-    if chunk & (chunk - 1) or not 4096 <= chunk <= _LARGEST_CHUNK:
-        raise WrongInput("bad-chunk", f"{chunk} is no size for chunks.", "Use a power of two from 4 KiB to 16 MiB.")
-    chunks = bytearray(_DIGEST_BYTES * -(-client.size_bytes // chunk))
-    data = ((extent.offset, extent.length) for extent in zero_extents(client) if not extent.flags)
-    # The map is complete before anything is read: one connection answers one thing at a time.
-    _digest_ranges(client, chunk, list(_whole_chunks(data, chunk, client.size_bytes)), chunks, watch or Watch())
-    return DiskDigests(client.size_bytes, chunk, bytes(chunks))
-
-
 def redigest(
     client: NbdClient, digests: DiskDigests, extents: Iterable[Extent], watch: Watch | None = None
 ) -> DiskDigests:
-    """The digests with the chunks that `extents` touch read again. Raises as `digest_disk`."""
+    """The digests with the chunks that `extents` touch read (again). Long stretches are asked for their zeros first.
+
+    Raises Failed `size-differs`, DigestCancelled, the errors of NbdClient.
+    """
     if client.size_bytes != digests.size_bytes:
         raise Failed(
             "size-differs", f"The disk has {client.size_bytes} bytes, not {digests.size_bytes}.", "Start anew."
@@ -194,27 +179,6 @@ def compare(one: DiskDigests, other: DiskDigests, limit: int = 16) -> tuple[int,
     return tuple(found)
 
 
-def pack(digests: DiskDigests) -> str:
-    """As text for the wire; chunks of zeros take next to nothing. Pure."""
-    header = _HEADER.pack(_MAGIC, digests.size_bytes, digests.chunk_bytes)
-    return base64.b64encode(zlib.compress(header + digests.chunks, 1)).decode()
-
-
-def unpack(text: str) -> DiskDigests:
-    """What `pack` packed. Raises WrongInput `bad-digests`. Pure."""
-    try:
-        data = _decompress(base64.b64decode(text, validate=True))
-        magic, size, chunk = _HEADER.unpack_from(data)
-    except (binascii.Error, zlib.error, struct.error, ValueError) as error:
-        raise WrongInput(
-            "bad-digests", "These are no digests of a disk.", "Is the other host's version known?"
-        ) from error
-    chunks = data[_HEADER.size :]
-    if magic != _MAGIC or chunk < 4096 or chunk & (chunk - 1) or len(chunks) != _DIGEST_BYTES * -(-size // chunk):
-        raise WrongInput("bad-digests", "These are no digests of a disk.", "Is the other host's version known?")
-    return DiskDigests(size, chunk, chunks)
-
-
 def pack_part(digests: DiskDigests, extents: Iterable[Extent]) -> str:
     """Only the digests of the chunks that `extents` touch: what the blackout waits for stays small. Pure."""
     return base64.b64encode(_part(digests, extents)).decode()
@@ -224,7 +188,7 @@ def with_part(digests: DiskDigests, extents: Iterable[Extent], text: str) -> Dis
     """`digests` with what `pack_part` packed of the same extents. Raises WrongInput `bad-digests`. Pure."""
     try:
         data = base64.b64decode(text, validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii.Error is one; what is not ASCII raises a plain one
         raise WrongInput("bad-digests", "These are no digests of a disk.", "") from error
     chunks = bytearray(digests.chunks)
     used = 0
@@ -244,12 +208,3 @@ def _places(digests: DiskDigests, extents: Iterable[Extent]) -> Iterator[tuple[i
     for offset, length in _whole_chunks(_in_order(extents), digests.chunk_bytes, digests.size_bytes):
         first = offset // digests.chunk_bytes
         yield first * _DIGEST_BYTES, (first + -(-length // digests.chunk_bytes)) * _DIGEST_BYTES
-
-
-def _decompress(data: bytes) -> bytes:
-    """zlib with an upper bound, against a small message that becomes a huge one."""
-    machine = zlib.decompressobj()
-    out = machine.decompress(data, _LARGEST_PACKED)
-    if machine.unconsumed_tail or not machine.eof:
-        raise ValueError("too large, or cut off")
-    return out

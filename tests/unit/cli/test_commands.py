@@ -158,6 +158,13 @@ def test_a_migration_that_completes(hosts: Hosts, run: Run) -> None:
         assert piece in done.out
 
 
+def test_a_pause_that_nobody_measured_is_no_pause_of_zero(hosts: Hosts, run: Run) -> None:
+    """The answer was lost, or the daemon restarted meanwhile."""
+    migrating(hosts[0], COMPLETED).on("GET", f"/v1/migrations/{ID}/receipt", replace(RECEIPT, blackout_ms=None))
+    done = run("vm", "migrate", "web1", "--to", "host2")
+    assert (done.status, done.err) == (0, "") and "not measured" in done.out
+
+
 def test_a_migration_as_json_lines(hosts: Hosts, run: Run) -> None:
     migrating(hosts[0], COMPLETED)
     done = run("vm", "migrate", "web1", "--to", "host2", "--json")

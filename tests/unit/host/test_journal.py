@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -148,7 +149,7 @@ async def test_a_migration_comes_back_after_a_restart(journal: Journal, tmp_path
         changed,
         record_of(Role.SOURCE, "m-2", OTHER),
     ]
-    assert await again.list_views() == [view_of("m-2")]
+    assert {row.id: row.view for row in await again.list_views()} == {"m-1": None, "m-2": view_of("m-2")}
     await again.close()
 
 
@@ -327,7 +328,9 @@ async def test_there_and_back_again(journal: Journal) -> None:
 async def test_views_and_documents(journal: Journal) -> None:
     await journal.begin_migration(record_of(Role.SOURCE), view_of())
     await journal.save_view(replace(view_of(), outcome=Outcome.COMPLETED))
-    assert [view.outcome for view in await journal.list_views()] == [Outcome.COMPLETED]
+    (row,) = await journal.list_views()
+    assert (row.id, row.role, row.view, row.problem) == ("m-1", "source", replace(view_of(), outcome="completed"), "")
+    assert datetime.now(UTC) - datetime.fromisoformat(row.began_at) < timedelta(minutes=1)
     for kind in ("checked", "receipt"):
         with pytest.raises(NotFound) as caught:
             await journal.load_document("m-1", kind)
@@ -438,6 +441,35 @@ async def test_a_row_that_cannot_be_read_is_named(journal: Journal, tmp_path: Pa
             await journal.list_vms()
         assert caught.value.code == "journal-damaged"
         assert str(path) in caught.value.message
+
+
+DAMAGE = (b"{", b'{"id": 5}', b"\xff\xfe\xa5" * 20, b"[" * 100_000, b"\0", b"null")
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:12]))
+async def test_a_view_that_cannot_be_read_spoils_no_other(journal: Journal, tmp_path: Path, damage: bytes) -> None:
+    await journal.begin_migration(record_of(Role.SOURCE, "m-1"), view_of("m-1"))
+    await journal.begin_migration(record_of(Role.SOURCE, "m-2", OTHER), view_of("m-2"))
+    overwrite(tmp_path, "view", damage)
+    rows = {row.id: row for row in await journal.list_views()}
+    assert (rows["m-1"].view, bool(rows["m-1"].problem)) == (None, True)
+    assert (rows["m-2"].view, rows["m-2"].problem) == (view_of("m-2"), "")
+
+
+@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: repr(damage[:12]))
+async def test_a_record_that_cannot_be_read_is_an_error(journal: Journal, tmp_path: Path, damage: bytes) -> None:
+    """It decides who may run the VM: none is left out."""
+    await journal.begin_migration(record_of(Role.SOURCE, "m-1"), view_of("m-1"))
+    await journal.begin_migration(record_of(Role.SOURCE, "m-2", OTHER), view_of("m-2"))
+    overwrite(tmp_path, "record", damage)
+    with pytest.raises(JournalBroken):
+        await journal.list_migrations()
+
+
+def overwrite(tmp_path: Path, column: str, damage: bytes) -> None:
+    """A part of the row of m-1 as a disk that lies may leave it: text by its type, of any bytes."""
+    with sqlite3.connect(tmp_path / "journal.sqlite") as db:
+        assert db.execute(f"UPDATE migration SET {column}=CAST(? AS TEXT) WHERE id='m-1'", (damage,)).rowcount == 1
 
 
 async def test_another_format_is_left_alone(tmp_path: Path) -> None:
