@@ -228,11 +228,15 @@ class MemoryCopy:
         if self._queues is None:
             self._queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
         now = time.monotonic()
-        waiting_s = self._queues.waiting_bytes() / max(self._rate, _SMALLEST_RATE)
-        if waiting_s <= _FREE_S or (self._crowded_since and now - self._crowded_since > _CROWDED_S):
+        if self._queued_s() <= _FREE_S or (self._crowded_since and now - self._crowded_since > _CROWDED_S):
             return True
         self._crowded_since = self._crowded_since or now
         return False
+
+    def _queued_s(self) -> float:
+        """How long what QEMU has written takes to arrive."""
+        waiting_bytes = self._queues.waiting_bytes() if self._queues is not None else 0
+        return waiting_bytes / max(self._rate, _SMALLEST_RATE)
 
     async def _slow_down(self, percent: int) -> None:
         """Raises QEMU's auto-converge, which is on from the start with at most 1 percent."""
@@ -278,14 +282,17 @@ class MemoryCopy:
             await asyncio.gather(plugging, return_exceptions=True)
 
     async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
-        """Until a pass begins, or the guest has stopped."""
+        """Until a pass begins with nearly all arrived that was sent before it, or the guest has stopped."""
+        until = time.monotonic() + _CROWDED_S
         while not switchover.stopped.done():
-            try:
-                event = await asyncio.wait_for(events.get(), _LOOK_EVERY_S)
-            except TimeoutError:
+            happened = await _events_or_tick(events, _LOOK_EVERY_S)
+            if not happened:
                 await self._look(stall_s)
-                continue
-            if event.name != "MIGRATION" or event.data.get("status") in ("pre-switchover", "failed", "cancelled"):
+            elif any(_has_stopped(event) or event.data.get("status") in ("failed", "cancelled") for event in happened):
+                return
+            elif happened[-1].name == "MIGRATION_PASS" and (
+                self._queued_s() <= _FREE_S or self._is_quiet() or time.monotonic() > until
+            ):
                 return
 
     async def _last_pass(self, switchover: Switchover) -> None:

@@ -46,7 +46,8 @@ _SANDBOX = "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=d
 
 # `suppress-vmdesc`: QEMU would write a description of its whole state for tools that read a stream from a file, 5 ms of
 # the blackout. Both ends must have it alike: the one that expects it waits for it.
-_MACHINE_OPTIONS = "usb=off,vmport=off,dump-guest-core=off,suppress-vmdesc=on"
+# `sata`, `smbus`: controllers without devices, whose state would be moved all the same.
+_MACHINE_OPTIONS = "usb=off,vmport=off,sata=off,smbus=off,dump-guest-core=off,suppress-vmdesc=on"
 
 
 def build_command(layout: GuestLayout, listen: ListenFds) -> list[str]:
