@@ -288,11 +288,11 @@ class MemoryCopy:
             happened = await _events_or_tick(events, _LOOK_EVERY_S)
             if not happened:
                 await self._look(stall_s)
-            elif any(_has_stopped(event) or event.data.get("status") in ("failed", "cancelled") for event in happened):
+                continue
+            if any(_has_stopped(event) or event.data.get("status") in ("failed", "cancelled") for event in happened):
                 return
-            elif happened[-1].name == "MIGRATION_PASS" and (
-                self._queued_s() <= _FREE_S or self._is_quiet() or time.monotonic() > until
-            ):
+            free = self._queued_s() <= _FREE_S or self._is_quiet() or time.monotonic() > until
+            if happened[-1].name == "MIGRATION_PASS" and free:
                 return
 
     async def _last_pass(self, switchover: Switchover) -> None:
