@@ -29,7 +29,7 @@ from vmferry.storage.digest import DiskDigests, blank_digests, compare, pack_par
 from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
 
 _REFRESH_EVERY_S = 0.15
-_FRESH_S = 0.25  # what the guest has written since the last reading is read again in the blackout
+_FRESH_S = 0.12  # what the guest has written since the last reading is read again in the blackout
 _STEP_BYTES = 128 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20

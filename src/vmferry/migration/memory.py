@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 
-from vmferry.migration.convergence import Goal, PassStart, Step, decide, next_pass_ms
+from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, next_pass_ms
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Failed
@@ -38,7 +38,8 @@ _LAST_PASS_S = 0.025  # the gate is closed and the guest still runs: its network
 _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
-_QUIET_PASS_MS = 1.0
+_QUIET_BYTES_PER_S = 8_000_000  # two pages a millisecond, which is what a short pass lasts
+_SLOWER = 4
 _FREE_S = 0.004
 _CROWDED_S = 0.3
 _LONG_PASS_S = 1.0
@@ -59,6 +60,7 @@ class MemoryCopy:
         self._pace = 0.0
         self._seen = (0, 0, 0.0)
         self._held = False
+        self._told_bandwidth = bandwidth
         self._near = False
         self._ending = False
         self._began = 0.0
@@ -97,10 +99,8 @@ class MemoryCopy:
                 sample = await self._look(stall_s)
                 self._note_pass(sample)
                 ready = await rest_is_ready(self._is_near(sample))
-                advised = bool(self._passes) and ready and await self._advised()
-                free = advised and await self._is_way_free()
-                await self._hold(ready and (free or not advised or not self._is_quiet()))
-                if free:
+                await self._slow_the_end(ready)
+                if self._passes and ready and await self._advised() and await self._is_way_free():
                     return
 
     async def _look(self, stall_s: float) -> MemorySample:
@@ -169,20 +169,26 @@ class MemoryCopy:
         return self._near
 
     def _is_quiet(self) -> bool:
-        """Whether a pass may find nothing left at its end: then QEMU stops the guest by itself, before the gate closes.
+        """Whether short passes may find nothing left at their end: then QEMU stops the guest, before the gate closes.
 
-        That ends well, too, but costs time. After a pass that was held for a while there is something left.
+        That ends well, too, but costs time.
         """
-        return next_pass_ms(tuple(self._passes), self._goal) < _QUIET_PASS_MS
+        return dirty_rate(tuple(self._passes[:2]), self._goal) < _QUIET_BYTES_PER_S
 
-    async def _hold(self, ready: bool) -> None:
-        """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end."""
-        if self._ending and not ready and not self._held:
-            self._held = True
-            await set_bandwidth(self._guest.monitor, _HOLD_BYTES_PER_S)
-        elif self._held and ready:
-            self._held = False
-            await set_bandwidth(self._guest.monitor, self._bandwidth)
+    async def _slow_the_end(self, ready: bool) -> None:
+        """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end.
+
+        The end of a quiet guest's pass goes slower than the network is: when it comes nothing waits in the sockets.
+        """
+        wanted = self._bandwidth
+        if self._ending and not ready:
+            wanted = _HOLD_BYTES_PER_S
+        elif self._ending and self._is_quiet():
+            wanted = max(self._rate // _SLOWER, _SMALLEST_RATE)
+        if wanted != self._told_bandwidth:
+            self._told_bandwidth = wanted
+            self._held = wanted == _HOLD_BYTES_PER_S
+            await set_bandwidth(self._guest.monitor, wanted)
 
     def _note_pass(self, sample: MemorySample) -> None:
         """Remembers a pass when it is seen for the first time, and keeps the rate of the present one up to date."""
