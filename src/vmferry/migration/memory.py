@@ -39,7 +39,6 @@ _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
 _QUIET_BYTES_PER_S = 8_000_000  # two pages a millisecond, which is what a short pass lasts
-_SLOWER = 4
 _FREE_S = 0.004
 _CROWDED_S = 0.3
 _LONG_PASS_S = 1.0
@@ -60,7 +59,6 @@ class MemoryCopy:
         self._pace = 0.0
         self._seen = (0, 0, 0.0)
         self._held = False
-        self._told_bandwidth = bandwidth
         self._near = False
         self._ending = False
         self._began = 0.0
@@ -99,8 +97,10 @@ class MemoryCopy:
                 sample = await self._look(stall_s)
                 self._note_pass(sample)
                 ready = await rest_is_ready(self._is_near(sample))
-                await self._slow_the_end(ready)
-                if self._passes and ready and await self._advised() and await self._is_way_free():
+                advised = bool(self._passes) and ready and await self._advised()
+                free = advised and await self._is_way_free()
+                await self._hold(ready and (free or not advised or not self._is_quiet()))
+                if free:
                     return
 
     async def _look(self, stall_s: float) -> MemorySample:
@@ -175,20 +175,14 @@ class MemoryCopy:
         """
         return dirty_rate(tuple(self._passes[:2]), self._goal) < _QUIET_BYTES_PER_S
 
-    async def _slow_the_end(self, ready: bool) -> None:
-        """Keeps a pass from ending while the rest is not ready: an idle guest would be stopped at its end.
-
-        The end of a quiet guest's pass goes slower than the network is: when it comes nothing waits in the sockets.
-        """
-        wanted = self._bandwidth
-        if self._ending and not ready:
-            wanted = _HOLD_BYTES_PER_S
-        elif self._ending and self._is_quiet():
-            wanted = max(self._rate // _SLOWER, _SMALLEST_RATE)
-        if wanted != self._told_bandwidth:
-            self._told_bandwidth = wanted
-            self._held = wanted == _HOLD_BYTES_PER_S
-            await set_bandwidth(self._guest.monitor, wanted)
+    async def _hold(self, ready: bool) -> None:
+        """Keeps a pass from ending while not all is ready: an idle guest would be stopped at its end."""
+        if self._ending and not ready and not self._held:
+            self._held = True
+            await set_bandwidth(self._guest.monitor, _HOLD_BYTES_PER_S)
+        elif self._held and ready:
+            self._held = False
+            await set_bandwidth(self._guest.monitor, self._bandwidth)
 
     def _note_pass(self, sample: MemorySample) -> None:
         """Remembers a pass when it is seen for the first time, and keeps the rate of the present one up to date."""
