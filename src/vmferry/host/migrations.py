@@ -462,11 +462,11 @@ class Migrations:
         try:
             await self._resume_known(outgoing, record)
         except VmferryError as error:
-            await self._fail(outgoing, record, Outcome.FAILED, Reason(error.code, error.message, error.fix))
+            await self._fail_resumed(outgoing, record, Reason(error.code, error.message, error.fix))
         except Exception as error:  # noqa: BLE001 - the end of a task: a bug must show in the migration, not vanish
             log.defect("recovery-defect", error, id=record.id)
             reason = Reason("internal", f"vmferryd failed at this ({type(error).__name__}: {error}).", "See its log.")
-            await self._fail(outgoing, record, Outcome.FAILED, reason)
+            await self._fail_resumed(outgoing, record, reason)
         finally:
             self._outgoing.pop(record.id, None)
         try:
@@ -474,6 +474,13 @@ class Migrations:
             await self._vms.plug_ports(outgoing.vm)
         except VmferryError as error:
             log.alarm("gates-not-swept", id=record.id, problem=error.message)
+
+    async def _fail_resumed(self, outgoing: Outgoing, record: MigrationRecord, reason: Reason) -> None:
+        """Its ports and gates are seen to even if the journal cannot be written: the next start closes the record."""
+        try:
+            await self._fail(outgoing, record, Outcome.FAILED, reason)
+        except JournalBroken as broken:
+            log.alarm("journal-broken", id=record.id, problem=broken.message)
 
     async def sweep_gates(self) -> None:
         """Removes the gates that migrations of an earlier life of the daemon have left, now that they have ended."""

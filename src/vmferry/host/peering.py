@@ -23,6 +23,7 @@ import aiohttp
 from aiohttp import web
 
 from vmferry.api.codec import decode, encode, error_from_problem, problem
+from vmferry.api.tls import tls_problem
 from vmferry.host import log
 from vmferry.migration import messages
 from vmferry.migration.messages import REPLIES, Request
@@ -230,20 +231,16 @@ async def fetch_host(name: str, address: str, context: ssl.SSLContext, timeout_s
 
 
 def _connect_error(name: str, address: str, error: BaseException) -> VmferryError:
-    if isinstance(error, aiohttp.ClientConnectorCertificateError | aiohttp.ClientConnectorSSLError | ssl.SSLError):
-        return Unreachable(
-            "host-not-trusted",
-            f"{name} at {address} showed a certificate that does not prove that name: {error}.",
-            "Is it the right address? Did it join this CA? Is its certificate still valid?",
-        )
+    untrusted = tls_problem(error, f"{name} at {address}")
+    if untrusted is not None:  # it does not trust us, or we do not trust it
+        return Unreachable("host-not-trusted", untrusted.message, untrusted.fix)
     if isinstance(error, aiohttp.WSServerHandshakeError):
         return Failed("host-refused-us", f"{name} refused this host: {error.message} ({error.status}).", "See its log.")
     why = "it did not answer in time" if isinstance(error, TimeoutError) else str(error)
-    # TLS 1.3: a server that refuses our certificate says so only after the handshake, as a connection that ends.
     return Unreachable(
         "host-unreachable",
         f"{name} cannot be reached at {address}: {why}.",
-        "Is vmferryd running there, is the migration network up, and is our certificate one of its CA's?",
+        "Is vmferryd running there, and is the migration network up?",
     )
 
 
