@@ -331,6 +331,7 @@ class SourceMigration:
         )
         now = time.monotonic_ns()
         resumed = now - int((taken.resumed_ago_ms + self.link.rtt_ms / 2) * 1e6)
+        timeline.mark("target asked to take it", resumed - int((taken.cont_ms + taken.journal_ms) * 1e6))
         timeline.mark("target took it", resumed - int(taken.cont_ms * 1e6))
         timeline.mark("target runs", resumed)
         self.measured.taken = taken
