@@ -20,6 +20,7 @@ from vmferry.model.errors import VmferryError
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.names import stream_name
 from vmferry.model.vm import VmSpec
+from vmferry.qemu.connections import send_at_once
 from vmferry.qemu.memory_stream import (
     StreamSettings,
     expect_status,
@@ -54,6 +55,7 @@ class TargetTwin:
                 pause_before_switchover=False,
             )
             port = await prepare_incoming(twin.monitor, parts.address, settings)
+            await asyncio.to_thread(send_at_once, twin.process)
         except BaseException:
             await asyncio.shield(dismantle(parts, twin))
             raise

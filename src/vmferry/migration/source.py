@@ -176,8 +176,10 @@ class SourceMigration:
         )
         reserved = await self.link.call(request, Prepared, limits.prepare_s)
         await send_boot_files(self.parts, self.link, record, reserved.boot_files)
-        prepared = await self.link.call(StartGuest(record.id), Prepared, limits.prepare_s)
-        await add_source_tls(self.parts, self.guest.monitor)
+        prepared, _ = await asyncio.gather(
+            self.link.call(StartGuest(record.id), Prepared, limits.prepare_s),
+            add_source_tls(self.parts, self.guest.monitor),
+        )
         return prepared
 
     async def _copy_and_switch(self, prepared: Prepared) -> None:

@@ -52,17 +52,36 @@ class SendQueues:
         self._sockets = []
 
 
+def send_at_once(process: GuestProcess) -> None:
+    """Small writes on connections that the process accepts from now on are sent at once (TCP_NODELAY is inherited).
+
+    QEMU leaves its migration sockets as they are, and a TLS server's first flight is several small writes: each
+    handshake then waits 40 ms for the other side's delayed acknowledgement. Blocks for a moment.
+    """
+    for sock in _sockets(process):
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_ACCEPTCONN
+        ):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def _connections(process: GuestProcess, port: int) -> Iterator[socket.socket]:
     """Duplicates, each closed when the next one is asked for."""
+    for sock in _sockets(process):
+        try:
+            peer = sock.getpeername()
+        except OSError:
+            continue  # a listening or closed socket
+        if sock.family in (socket.AF_INET, socket.AF_INET6) and peer[1] == port:
+            yield sock
+
+
+def _sockets(process: GuestProcess) -> Iterator[socket.socket]:
+    """Duplicates of all, each closed when the next one is asked for."""
     for file in process.find_fds(lambda file: file.target.startswith("socket:")):
         try:
             fd = process.duplicate(file.fd)
         except Failed:
             continue  # closed since we looked
         with socket.socket(fileno=fd) as sock:
-            try:
-                peer = sock.getpeername()
-            except OSError:
-                continue  # a listening or closed socket
-            if sock.family in (socket.AF_INET, socket.AF_INET6) and peer[1] == port:
-                yield sock
+            yield sock

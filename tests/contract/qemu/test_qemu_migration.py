@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,6 +36,7 @@ from vmferry.qemu.blocks import (
     set_mirror_speed,
     start_mirror,
 )
+from vmferry.qemu.connections import SendQueues, send_at_once
 from vmferry.qemu.exports import (
     NbdTls,
     export_disk,
@@ -387,6 +389,72 @@ async def test_postcopy_starts_and_ends(lab: Lab) -> None:
     assert (await asyncio.wait_for(done, 60)).data["status"] == "completed"
     assert (await observe_migration(source)).postcopy_bytes > 0
     await lab.ticks(pair.target)
+
+
+async def test_an_idle_mirror_may_stay_when_the_disks_are_given_up(lab: Lab) -> None:
+    """What the switchover relies on: in step and with the guest stopped nothing is written; ended only afterwards."""
+    pair = await make_pair(lab, pages=100, write=True, disk_format="qcow2")
+    source, target = pair.source.monitor, pair.target.monitor
+    mirror = await mirror_disk(pair)
+    await asyncio.wait_for(mirror.ready, 30)
+    assert await make_write_blocking(source, [mirror])
+    pre = expect_status(source, "pre-switchover", "failed")
+    sent = expect_status(source, "completed", "failed")
+    loaded = expect_status(target, "completed", "failed")
+    await start_memory(pair, StreamSettings())
+    assert (await asyncio.wait_for(pre, 60)).data["status"] == "pre-switchover"
+    assert await all_in_step(source, [mirror])
+    await continue_switchover(source)
+    for ended in (sent, loaded):
+        assert (await asyncio.wait_for(ended, 30)).data["status"] == "completed"
+    assert not mirror.ended.done()
+    await run("qemu-img", "compare", "-U", "-f", "raw", "-F", "qcow2", str(pair.source_disk), str(pair.target_disk))
+    # The other way: the target's exports are gone, the guest goes on where it was, and its disk works.
+    await stop_exports(target)
+    await source.execute("cont")
+    await lab.ticks(pair.source)
+    await cancel_mirrors(source, [mirror])
+    await lab.ticks(pair.source)
+
+
+async def test_what_waits_in_the_sockets_is_told(lab: Lab) -> None:
+    guest = await lab.work_guest("a", pages_per_tick=2000)
+    await prepare_source(guest.monitor, StreamSettings(postcopy=True))  # the plain stream: one connection
+    with socket.create_server((HOST, 0)) as server:
+        port = server.getsockname()[1]
+        await start_outgoing(guest.monitor, HOST, port)
+        connection, _ = await asyncio.to_thread(server.accept)
+        with connection:
+            queues = SendQueues(guest, port)
+            async with asyncio.timeout(10):
+                while queues.waiting_bytes() < MIB // 2:  # noqa: ASYNC110 nobody reads, and nobody tells
+                    await asyncio.sleep(0.01)
+            connection.settimeout(1)
+            before = queues.waiting_bytes()
+            assert len(await asyncio.to_thread(connection.recv, before, socket.MSG_WAITALL)) == before
+            assert SendQueues(guest, port + 1).waiting_bytes() == 0
+            queues.close()
+        await cancel(guest.monitor)
+
+
+async def test_accepted_connections_send_at_once(lab: Lab) -> None:
+    target = await lab.start(lab.layout("target", make_spec(lab.root / "none"), twin=True, incoming=True))
+    port = await prepare_incoming(target.monitor, HOST, StreamSettings())
+    send_at_once(target)
+
+    def accepted() -> list[int]:
+        found = []
+        for file in target.find_fds(lambda file: file.target.startswith("socket:")):
+            with socket.socket(fileno=target.duplicate(file.fd)) as sock:
+                if sock.family == socket.AF_INET and not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                    found.append(sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+        return found
+
+    with socket.create_connection((HOST, port)):
+        async with asyncio.timeout(10):
+            while not (options := accepted()):  # noqa: ASYNC110 QEMU does not tell
+                await asyncio.sleep(0.01)
+    assert all(options)
 
 
 @pytest.mark.parametrize("change", ["same", "memory", "machine", "missing-nic"])
