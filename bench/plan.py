@@ -112,8 +112,6 @@ class Measured:
     switch_gap_ms: float | None = None
     lost: int | None = None
     lost_at_switch: int | None = None
-    lost_runs: tuple[dict[str, Any], ...] = ()
-    lost_requests: int = 0
     total_ms: float | None = None
     wire_bytes: int | None = None
     back_bytes: int | None = None
@@ -121,6 +119,8 @@ class Measured:
     load_average: float = 0.0
     others: float | None = None
     details: dict[str, Any] = field(default_factory=dict)
+    lost_runs: tuple[dict[str, Any], ...] = ()
+    lost_requests: int = 0
 
     @property
     def beyond_ms(self) -> float | None:

@@ -254,6 +254,9 @@ class Rig:
         assert (memory.errors, disk.errors) == (0, 0), (memory, disk)
 
 
+_PF_EXITING, _PF_SIGNALED = 0x4, 0x400  # include/linux/sched.h
+
+
 def vcpus_advance(pid: int, within_s: float = 0.5) -> bool:
     """Whether the process's vCPU threads use CPU time (idle guests do too: their timers tick)."""
 
@@ -262,7 +265,10 @@ def vcpus_advance(pid: int, within_s: float = 0.5) -> bool:
         for task in Path(f"/proc/{pid}/task").iterdir():
             with contextlib.suppress(OSError):
                 if "CPU" in (task / "comm").read_text():
-                    total += int((task / "schedstat").read_text().split()[0])
+                    spent = int((task / "schedstat").read_text().split()[0])
+                    flags = int((task / "stat").read_text().rpartition(")")[2].split()[6])
+                    # A thread that is being ended spends time, too: it takes down the memory of all of them.
+                    total += 0 if flags & (_PF_EXITING | _PF_SIGNALED) else spent
         return total
 
     with contextlib.suppress(FileNotFoundError):

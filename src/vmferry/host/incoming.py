@@ -418,7 +418,7 @@ class PeerSession:
             m.Finish: self._finish,
         }
 
-    async def handle(self, request: m.Request, data: bytes) -> object:
+    async def handle(self, request: m.Request, data: bytes = b"") -> object:
         """The answer to one request and what was sent beside it."""
         if isinstance(request, m.PutBootFile):
             await self._migration(request).put_boot_file(request, data)
