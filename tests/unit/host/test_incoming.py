@@ -96,7 +96,7 @@ async def test_a_boot_file_that_is_not_the_vm_s_is_not_written(host: Host, tmp_p
     session = host.incoming.session("host2")
     await session.handle(prepare_of(spec=replace(SPEC, boot=DirectBoot("vmlinuz", None, ""))))
     for name in ("../vmlinuz", "initrd", ".vmlinuz"):
-        assert await code_of(session.handle(m.PutBootFile("m-1", name, 0, "eHg=", False))) == "unknown-boot-file"
+        assert await code_of(session.handle(m.PutBootFile("m-1", name, 0, False), b"xx")) == "unknown-boot-file"
     assert not list(tmp_path.rglob("*vmlinuz*")) and not list(tmp_path.rglob("*.part"))
     await session.close()
     await host.until(RecordState.ENDED)
