@@ -282,8 +282,7 @@ class MemoryCopy:
             await asyncio.gather(plugging, return_exceptions=True)
 
     async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
-        """Until a pass begins with nearly all arrived that was sent before it, or the guest has stopped."""
-        until = time.monotonic() + _CROWDED_S
+        """Until a pass begins, or the guest has stopped."""
         while not switchover.stopped.done():
             happened = await _events_or_tick(events, _LOOK_EVERY_S)
             if not happened:
@@ -291,8 +290,7 @@ class MemoryCopy:
                 continue
             if any(_has_stopped(event) or event.data.get("status") in ("failed", "cancelled") for event in happened):
                 return
-            free = self._queued_s() <= _FREE_S or self._is_quiet() or time.monotonic() > until
-            if happened[-1].name == "MIGRATION_PASS" and free:
+            if happened[-1].name == "MIGRATION_PASS":
                 return
 
     async def _last_pass(self, switchover: Switchover) -> None:
