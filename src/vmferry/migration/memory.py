@@ -98,10 +98,9 @@ class MemoryCopy:
                 self._note_pass(sample)
                 ready = await rest_is_ready(self._is_near(sample))
                 advised = bool(self._passes) and ready and await self._advised()
-                free = advised and await self._is_way_free()
-                await self._hold(ready and (free or not advised or not self._is_quiet()))
-                if free:
-                    return
+                if advised and await self._is_way_free():
+                    return  # a pass that is being held is let go at the last moment: its end is what is waited for
+                await self._hold(ready and not (advised and self._is_quiet()))
 
     async def _look(self, stall_s: float) -> MemorySample:
         sample = await observe_migration(self._guest.monitor)
@@ -265,6 +264,7 @@ class MemoryCopy:
     async def _land(self, switchover: Switchover, events: EventStream, stall_s: float) -> None:
         """From the beginning of the next pass on the guest's frames go to the target, and it stops soon after."""
         await switchover.gates.arm()
+        await self._hold(ready=True)
         await self._next_pass(events, switchover, stall_s)
         # At once, before anything is asked: a short pass is over in milliseconds, and QEMU may stop the guest then.
         switchover.close_gate()

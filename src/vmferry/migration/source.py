@@ -239,11 +239,10 @@ class SourceMigration:
             await memory.converge(self._rest_is_ready, self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
             # Now: the target ends these connections before anybody has time to look at them.
-            counting = asyncio.create_task(asyncio.to_thread(_require(self._disks).sent_bytes))
+            self.measured.disk_bytes = await asyncio.to_thread(_require(self._disks).sent_bytes)
             # QEMU flushes its images when the guest has stopped: what is written out by then is quick.
             writing_out = asyncio.create_task(sync_images(self.guest.spec))
             await memory.switch(switchover, self.parts.limits.memory_stall_s)
-            self.measured.disk_bytes = await counting
         except BaseException:
             switchover.disarm()
             raise
