@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, next_pass_ms
 from vmferry.migration.guest import RunningGuest
@@ -198,7 +199,8 @@ class MemoryCopy:
         self._report(blackout_ms=Range(self._goal.fixed_blackout_ms, round(expected_ms, 1)))
 
     async def _advised(self) -> bool:
-        advice = decide(tuple(self._passes), self._goal, (time.monotonic() - self._began) * 1000)
+        now_ms = (time.monotonic() - self._began) * 1000
+        advice = decide(self._passes_as_they_went(now_ms), self._goal, now_ms)
         self._report(note=advice.why)
         match advice.step:
             case Step.GO_ON:
@@ -217,6 +219,14 @@ class MemoryCopy:
                     f"The memory did not converge: {advice.why}.",
                     "Allow a longer --max-blackout or a larger --max-slowdown, more --bandwidth, or --post-copy allow.",
                 )
+
+    def _passes_as_they_went(self, now_ms: float) -> tuple[PassStart, ...]:
+        """The first pass carries all memory, of which most may be zeros: at its end we know how long it really took."""
+        first = self._passes[0]
+        if len(self._passes) > 1 or not self._ending:
+            return tuple(self._passes)
+        carried = int(first.rate * (now_ms - first.at_ms) / 1000)
+        return (replace(first, remaining_bytes=min(first.remaining_bytes, carried)),)
 
     async def _is_way_free(self) -> bool:
         """Whether what was sent has nearly all arrived: what is in the way would arrive before the guest's state.

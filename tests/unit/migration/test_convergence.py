@@ -87,7 +87,7 @@ def test_giving_up_says_the_numbers() -> None:
 def test_the_dirty_rate_is_the_check_s_until_the_passes_tell() -> None:
     goal = replace(GOAL, dirty_rate=7 * MIB)
     assert dirty_rate(passes_of(1000), goal) == 7 * MIB
-    assert dirty_rate(passes_of(1000), GOAL) == MIB
+    assert dirty_rate(passes_of(1000), GOAL) == MIB // 2
     assert dirty_rate(passes_of(1000, 500), goal) == pytest.approx(LINK / 2)
     assert next_pass_ms(passes_of(1000, 500), goal) == pytest.approx(250)
 
