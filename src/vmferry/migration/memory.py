@@ -40,8 +40,9 @@ _SHRINKS = 0.7  # a next pass so much shorter is worth waiting for
 _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
 _QUIET_BYTES_PER_S = 8_000_000  # two pages a millisecond, which is what a short pass lasts
-_FREE_S = 0.004
+_FREE_S = 0.008  # multifd writes packets of up to 512 KiB: there is one more often than not
 _CROWDED_S = 0.3
+_CROWDED_LATE_S = 0.1
 _LONG_PASS_S = 1.0
 _BROKEN = "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again."
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
@@ -292,7 +293,8 @@ class MemoryCopy:
             await asyncio.gather(plugging, return_exceptions=True)
 
     async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
-        """Until a pass begins, or the guest has stopped."""
+        """Until a pass begins with little on its way, or the guest has stopped. A quiet guest's first one it is."""
+        until = time.monotonic() + _CROWDED_LATE_S
         while not switchover.stopped.done():
             happened = await _events_or_tick(events, _LOOK_EVERY_S)
             if not happened:
@@ -300,7 +302,8 @@ class MemoryCopy:
                 continue
             if any(_has_stopped(event) or event.data.get("status") in ("failed", "cancelled") for event in happened):
                 return
-            if happened[-1].name == "MIGRATION_PASS":
+            free = self._is_quiet() or self._queued_s() <= _FREE_S or time.monotonic() > until
+            if happened[-1].name == "MIGRATION_PASS" and free:
                 return
 
     async def _last_pass(self, switchover: Switchover) -> None:
