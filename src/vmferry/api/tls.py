@@ -169,8 +169,9 @@ def tls_problem(error: BaseException, peer: str) -> VmferryError | None:
 def _ssl_error(error: BaseException | None) -> ssl.SSLError | None:
     """aiohttp keeps the SSL error in attributes of its own; elsewhere it is the cause or the context."""
     for _ in range(8):
-        if error is None or isinstance(error, ssl.SSLError):
-            return error
+        # Asked first: aiohttp's own are of the ssl module's class, too, but hold nothing of what such an error says.
         inner = getattr(error, "certificate_error", None) or getattr(error, "os_error", None)
+        if error is None or (isinstance(error, ssl.SSLError) and inner is None):
+            return error
         error = inner or error.__cause__ or error.__context__
     return None

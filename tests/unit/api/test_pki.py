@@ -11,6 +11,7 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from vmferry.api import certificates as certs
@@ -284,3 +285,15 @@ def test_a_planted_link_does_not_lead_a_key_elsewhere(host1: Path, tmp_path: Pat
     os.symlink(victim, host1 / ".ca.pem.new")
     pki.issue_host(host1, "host1", [])
     assert victim.read_text() == "untouched"
+
+
+def test_what_aiohttp_wraps_is_found() -> None:
+    """Its own errors are of the ssl module's class, but hold none of what such an error says."""
+    inner = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED] certificate verify failed")
+    inner.verify_code, inner.verify_message = 10, "certificate has expired"
+    wrapped = aiohttp.ClientConnectorCertificateError(None, inner)
+    assert isinstance(wrapped, ssl.SSLError)
+    problem, plain = pki.tls_problem(wrapped, "host2"), pki.tls_problem(inner, "host2")
+    assert problem is not None and plain is not None
+    assert (problem.code, problem.message) == (plain.code, plain.message) and "expired" in problem.message
+    assert pki.tls_problem(aiohttp.ClientConnectorError(None, OSError(111, "refused")), "host2") is None  # type: ignore[arg-type]
