@@ -93,6 +93,9 @@ def _run(arguments: list[str]) -> int:
         result = root.main(arguments, prog_name="vmferry", standalone_mode=False)
     except VmferryError as error:
         return _report(error, arguments)
+    except click.exceptions.NoArgsIsHelpError as error:  # only a noun was given, or nothing: the help is the answer
+        click.echo(error.format_message())
+        return WrongInput.exit_status
     except click.UsageError as error:
         return _report(_usage(error), arguments, error.ctx)
     except click.ClickException as error:

@@ -301,12 +301,10 @@ class Migrations:
         finally:
             # Also when the journal cannot be written: the guest is here, and its user must be able to work with it.
             await self._vms.release(outgoing.vm)
+            if outgoing.vm.guest is not None:  # said with the end: whoever watches looks no further
+                runs = f"{record.vm_name} is on {self._parts.name} as before ({outgoing.vm.state})."
+                reason = Reason(reason.code, f"{reason.message} {runs}", reason.fix)
             await self._views.end(record.id, outcome, reason)
-        if outgoing.vm.guest is not None:
-            runs = f"{record.vm_name} is on {self._parts.name} as before ({outgoing.vm.state})."
-            reason = Reason(reason.code, f"{reason.message} {runs}", reason.fix)
-            self._views.change(record.id, reason=reason)
-            await self._views.save(record.id)
         log.event("migration-ended", id=record.id, outcome=outcome, reason=reason.code, message=reason.message)
 
     # -- settling ----------------------------------------------------------------------------------------------------

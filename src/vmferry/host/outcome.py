@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from vmferry.api.codec import encode
@@ -40,7 +41,10 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     if record.state is RecordState.HANDED_OVER:
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
-    seen, counters = await asyncio.gather(_see_and_stop(engine), forward_late_frames(parts, engine.gates))
+    seen, engine.link = await see_it_run(engine.link, engine.connect, record.id)
+    if not await engine.memory_is_there():
+        seen = replace(seen, running=False)
+    _, counters = await asyncio.gather(_stop_own(engine), forward_late_frames(parts, engine.gates))
     await give_up_guest(parts, engine.guest, engine.gates)
     away, aside = await asyncio.gather(
         see_macs_away(parts, engine.link, record), _give_up_disks(parts, record, delete=seen.running)
@@ -69,13 +73,11 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     log.event("migration-ended", id=record.id, outcome="completed", blackout_ms=receipt.blackout_ms)
 
 
-async def _see_and_stop(engine: SourceMigration) -> RunningSeen:
-    """Whether the guest was seen to run on the target; our QEMU, which nobody needs any more, has ended."""
-    seen, engine.link = await see_it_run(engine.link, engine.connect, engine.record.id)
+async def _stop_own(engine: SourceMigration) -> None:
+    """Our QEMU, which nobody needs any more, has ended."""
     await engine.let_go()
     engine.guest.process.kill()
     await engine.guest.process.exited()
-    return seen
 
 
 async def _give_up_disks(parts: HostParts, record: MigrationRecord, *, delete: bool) -> tuple[str, ...]:

@@ -123,6 +123,7 @@ class SourceProof:
         self._turn = asyncio.Lock()
         self._go = asyncio.Event()
         self._go.set()
+        self._all_read = asyncio.Event()
         self._reading = True
         self._read_at = 0.0
         self._serving = False
@@ -155,6 +156,7 @@ class SourceProof:
                 if front - done[name] >= _STEP_BYTES or front == self._sizes[name] > done[name]:
                     await self._read(name, (Extent(done[name], front - done[name], 0),))
                     done[name] = front
+        self._all_read.set()
         while True:
             async with self._turn:
                 await self._refresh()
@@ -211,7 +213,13 @@ class SourceProof:
         self._theirs[name] = with_part(self._theirs[name], wanted, part.digests)
 
     async def read_last(self) -> None:
-        """The guest is stopped: reads the writes of the last moments again. The mirrors may still be ending."""
+        """The guest is stopped: reads the writes of the last moments again. The mirrors may still be ending.
+
+        Waits until everything was read once: QEMU may stop a guest by itself before that, and what was never read
+        would pass for equal. The caller limits the time.
+        """
+        self._go.clear()  # no further round begins: its new exports would be in the way
+        await self._all_read.wait()
         async with self._turn:  # a guest that QEMU stopped by itself may come in the middle of a refresh
             await asyncio.gather(*(self._read_last(name) for name in self._disks))
 

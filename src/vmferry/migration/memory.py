@@ -238,7 +238,10 @@ class MemoryCopy:
         if self._queues is None:
             self._queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
         now = time.monotonic()
-        if self._queued_s() <= _FREE_S or (self._crowded_since and now - self._crowded_since > _CROWDED_S):
+        if self._queued_s() <= _FREE_S:
+            self._crowded_since = 0.0
+            return True
+        if self._crowded_since and now - self._crowded_since > _CROWDED_S:
             return True
         self._crowded_since = self._crowded_since or now
         return False
@@ -295,7 +298,7 @@ class MemoryCopy:
     async def _next_pass(self, events: EventStream, switchover: Switchover, stall_s: float) -> None:
         """Until a pass begins with little on its way, or the guest has stopped. A quiet guest's first one it is."""
         until = time.monotonic() + _CROWDED_LATE_S
-        while not switchover.stopped.done():
+        while not switchover.begun:
             happened = await _events_or_tick(events, _LOOK_EVERY_S)
             if not happened:
                 await self._look(stall_s)
@@ -310,7 +313,7 @@ class MemoryCopy:
         """Lets the pass go almost to its end if the next one will be shorter; then QEMU may stop the guest."""
         monitor = self._guest.monitor
         sample = await observe_migration(monitor)
-        if sample.status == "active" and not switchover.stopped.done():
+        if sample.status == "active" and not switchover.begun:
             self._note_pass(sample)
             send_s = self._passes[-1].send_ms / 1000
             shrinks = next_pass_ms(tuple(self._passes), self._goal) < send_s * 1000 * _SHRINKS
@@ -318,7 +321,7 @@ class MemoryCopy:
                 wait_s = min(send_s - _STOP_BEFORE_END_S, _LAST_PASS_S)
                 await asyncio.wait([switchover.stopped], timeout=wait_s)
             await switchover.settle()
-        if not switchover.stopped.done():
+        if not switchover.begun:
             limit_ms = max(self._goal.max_blackout_ms, _LEAST_LIMIT_MS)
             await set_switchover_limit(monitor, limit_ms, max(self._rate, _SMALLEST_RATE))
 

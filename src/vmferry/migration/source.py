@@ -45,11 +45,12 @@ from vmferry.model.migration import MigrateOptions, Phase, PostCopy, Progress, R
 from vmferry.model.names import stream_name
 from vmferry.model.receipt import DiskDigests
 from vmferry.qemu.memory_image import MemoryReader
-from vmferry.qemu.memory_stream import StreamSettings, cancel, prepare_source, set_throttle
+from vmferry.qemu.memory_stream import StreamSettings, cancel, observe_migration, prepare_source, set_throttle
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.3
+_POST_COPY_LOOK_S = 0.2
 _CARRYING_NICE = -10
 _SLOW_DIGEST_RATE = 1 << 30  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
@@ -122,7 +123,8 @@ class SourceMigration:
     async def let_go(self) -> None:
         """After the handoff, before QEMU goes: takes the last measures and closes what is ours."""
         if self._memory is not None:
-            await self._memory.measure()
+            with contextlib.suppress(VmferryError):  # its process has ended: what was seen last will do
+                await self._memory.measure()
             self.measured.memory_bytes, self.measured.rounds = self._memory.sent_bytes, self._memory.rounds
         if self._disks is not None:
             self.measured.disks = await asyncio.to_thread(self._disks.verdicts)
@@ -130,6 +132,22 @@ class SourceMigration:
         if self._reader is not None:
             await asyncio.to_thread(self._reader.close)
             self._reader = None
+
+    async def memory_is_there(self) -> bool:
+        """Waits as long as our QEMU has pages of a post-copy that the target lacks: nobody else has them.
+
+        However long the network is gone. False if they did not get there.
+        """
+        post_copy = self._memory is not None and self._memory.post_copy
+        while self.guest.process.running:
+            try:
+                status = (await observe_migration(self.guest.monitor)).status
+            except VmferryError:
+                status = ""  # it does not answer now, or has just ended
+            if status and not status.startswith("postcopy"):
+                return status == "completed" or not post_copy
+            await asyncio.sleep(_POST_COPY_LOOK_S)
+        return not post_copy
 
     async def move(self) -> None:
         """Prepare, copy, switch over, hand off. Returns once the target has taken the VM.
@@ -258,8 +276,9 @@ class SourceMigration:
         proven = self._proof is None or _require(self._disks).rest_proof(near)
         if near:
             await _require(self._gates).arm()
-        else:
-            self._standing_by = None  # what was written out by then is written anew before the end
+        elif self._standing_by is not None:  # what was written out by then is written anew before the end
+            standing_by, self._standing_by = self._standing_by, None
+            await _end(standing_by)
         if proven:
             _require(self.measured.switchover).timeline.mark_once("disks proven")
         if not (near and proven):

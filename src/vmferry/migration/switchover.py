@@ -93,6 +93,11 @@ class Switchover:
             if task is not None:
                 task.cancel()
 
+    @property
+    def begun(self) -> bool:
+        """Whether QEMU has stopped the guest, or has got so far with one that was paused: no pass follows."""
+        return self.stopped.done() or self.waiting.done()
+
     async def plug(self) -> None:
         """The target's ports are in their switches: the last thing before the gate closes."""
         async with self.limited():

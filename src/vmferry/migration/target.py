@@ -7,6 +7,7 @@ is this host's only after `take` has written so.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import shutil
 import time
 from collections.abc import Awaitable, Callable
@@ -49,7 +50,7 @@ from vmferry.qemu.connections import send_at_once
 from vmferry.qemu.liveness import wait_vcpus_advance
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, expect_status, observe_migration, prepare_incoming
-from vmferry.storage.boot_files import accept_boot_file
+from vmferry.storage.boot_files import LARGEST_BOOT_FILE, accept_boot_file
 
 _ALIVE_WITHIN_S = 10.0
 _RECEIVING_NICE = -10
@@ -152,6 +153,8 @@ class TargetMigration:
         """Writes a part of a boot file. Raises WrongInput when it is none of this VM's, Refused for a wrong digest."""
         if request.name not in boot_files(self.record.spec):
             raise WrongInput("unknown-boot-file", f"{request.name[:80]!r} is no boot file of this VM.", "")
+        if not 0 <= request.offset <= LARGEST_BOOT_FILE - len(data):
+            raise WrongInput("bad-offset", "A boot file has at most 2 GiB.", "Is the other host's version known?")
         directory = self._parts.vm_dir(self.record.vm_id)
         part = directory / f".{request.name}.{self.record.id}.part"
         await asyncio.to_thread(_append, part, request.offset, data)
@@ -223,7 +226,8 @@ class TargetMigration:
     async def end_exports(self) -> None:
         """Ends all exports; strictly before the guest runs. Idempotent."""
         if self._gates is not None:
-            self._gates.listen()
+            with contextlib.suppress(VmferryError):  # only the repair of broadcasts would need it
+                self._gates.listen()
         async with self._unserving:
             await self._require_disks().stop_serving()
 

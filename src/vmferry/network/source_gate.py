@@ -78,6 +78,7 @@ class SourceGate:
         self._redirects: tuple[Redirect, ...] = ()
         self._recorder: FrameRecorder | None = None
         self._recorded: list[tuple[bytes, float]] = []
+        self._missed = 0  # by the recorder, until it was last emptied
         self._sent_for_qemu: list[bytes] = []
         self._drained = 0
         self._reinjected = 0
@@ -166,6 +167,7 @@ class SourceGate:
         if self._recorder is None:
             self._recorder = self._open.enter_context(FrameRecorder(self._port.name, Recorded.TO_GUEST))
         fresh = await aside(self._recorder.take_stamped)
+        self._missed = self._recorder.missed()
         since = time.time() - _REMEMBERED_S
         self._recorded = [frame for frame in (*self._recorded, *fresh) if frame[1] >= since]
 
@@ -193,7 +195,7 @@ class SourceGate:
         if self._recorder is None or stopping_since is None:
             return []
         recorded = [*self._recorded, *self._recorder.take_stamped()]
-        if len(recorded) <= left or self._recorder.missed():
+        if len(recorded) <= left or self._recorder.missed() > self._missed:
             return []
         frame, entered = recorded[-left - 1]
         if left == 0 and entered < stopping_since:

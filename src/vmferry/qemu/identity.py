@@ -75,12 +75,16 @@ def send_signal(pidfd: int, number: signal.Signals) -> None:
 
 
 def open_files(pid: int) -> Iterator[OpenFile]:
-    """The descriptors of a process of ours. Those closed meanwhile are left out."""
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
+    """The descriptors of a process of ours, none if it has ended. Those closed meanwhile are left out."""
+    try:
+        entries = list(Path(f"/proc/{pid}/fd").iterdir())
+    except (FileNotFoundError, ProcessLookupError):
+        return
+    for entry in entries:
         try:
             target = str(entry.readlink())
             info = Path(f"/proc/{pid}/fdinfo/{entry.name}").read_text()
-        except FileNotFoundError:
+        except (FileNotFoundError, ProcessLookupError):
             continue
         yield OpenFile(int(entry.name), target, info)
 

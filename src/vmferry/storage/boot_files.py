@@ -15,7 +15,7 @@ from pathlib import Path
 from vmferry.model.errors import Failed, Refused, WrongInput
 from vmferry.storage.faults import translated
 
-_LARGEST = 2 << 30
+LARGEST_BOOT_FILE = 2 << 30
 _DIGEST_CHARS = 32
 _AGAIN = "Migrate again."
 
@@ -62,9 +62,9 @@ def _store(vm_dir: Path, source: Path) -> str:
         fd = os.open(source, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(fd, "rb") as file:
             status = os.fstat(fd)
-            if not stat.S_ISREG(status.st_mode) or status.st_size > _LARGEST:
+            if not stat.S_ISREG(status.st_mode) or status.st_size > LARGEST_BOOT_FILE:
                 raise WrongInput("not-a-file", f"{source} is no file of at most 2 GiB.", "Name a kernel or initramfs.")
-            data = file.read(_LARGEST + 1)
+            data = file.read(LARGEST_BOOT_FILE + 1)
     if not data:
         raise WrongInput("not-a-file", f"{source} is empty.", "Name a kernel or initramfs.")
     name = boot_file_name(data)
