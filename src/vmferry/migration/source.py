@@ -143,6 +143,8 @@ class SourceMigration:
             try:
                 status = (await observe_migration(self.guest.monitor)).status
             except VmferryError:
+                if self.options.post_copy is not PostCopy.ALLOW:
+                    return True  # all of it was there before the handoff
                 status = ""  # it does not answer now, or has just ended
             if status and not status.startswith("postcopy"):
                 return status == "completed" or not post_copy
