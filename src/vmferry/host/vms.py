@@ -22,6 +22,7 @@ from vmferry.model.errors import Conflict, Failed, NotFound, VmferryError
 from vmferry.model.views import VmView
 from vmferry.model.vm import RunState, VmSpec
 from vmferry.network.ports import plug
+from vmferry.qemu.monitor import QmpEvent
 from vmferry.qemu.process import ProcessIdentity
 
 _POWERDOWN_AGAIN_S = 3.0
@@ -40,6 +41,7 @@ class Vm:
     problem: str = ""
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    powered_off: bool = False  # the guest said so itself
 
 
 class Vms:
@@ -347,6 +349,8 @@ class Vms:
 
     def _attach(self, vm: Vm, guest: RunningGuest) -> None:
         vm.guest = guest
+        vm.powered_off = False
+        guest.monitor.listen(("SHUTDOWN",), lambda event: _note_shutdown(vm, event))
         vm.ended.clear()
         task = asyncio.create_task(self._watch(vm, guest))
         self._tasks.add(task)
@@ -358,7 +362,8 @@ class Vms:
             return
         tail = guest.process.log_tail(3)
         vm.guest = None
-        asked = vm.wanted == "stopped" or status == 0
+        # After that it has nothing more to lose: QEMU was seen to crash when it ended in the middle of a migration.
+        asked = vm.wanted == "stopped" or status == 0 or vm.powered_off
         vm.state = RunState.STOPPED if asked else RunState.FAILED
         vm.problem = "" if asked else f"QEMU ended by itself (status {status}): {' / '.join(tail)}"
         try:
@@ -372,6 +377,10 @@ class Vms:
             vm.ended.set()
         if vm.owned:
             log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
+
+
+def _note_shutdown(vm: Vm, event: QmpEvent) -> None:
+    vm.powered_off = vm.powered_off or event.data.get("reason") == "guest-shutdown"
 
 
 _PLAIN_STATES = frozenset({"running", "paused", "prelaunch", "postmigrate", "finish-migrate", "inmigrate"})

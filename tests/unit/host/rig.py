@@ -71,6 +71,10 @@ class Process:
     ended: asyncio.Event = field(default_factory=asyncio.Event)
     status: int = 0
 
+    def listen(self, names: object, sink: object) -> Callable[[], None]:
+        """No events come from it."""
+        return lambda: None
+
     @property
     def monitor(self) -> Process:
         return self
