@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Awaitable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from vmferry.api.codec import encode
 from vmferry.api.signing import sign_document
@@ -30,6 +31,9 @@ from vmferry.model.migration import MigrationView, Outcome, Phase, Reason
 from vmferry.model.receipt import Bytes, Frames, NetworkProof, PredictedTimes, Receipt, Verified
 from vmferry.network.gate import GateCounters
 
+A = TypeVar("A")
+B = TypeVar("B")
+
 if TYPE_CHECKING:
     from vmferry.host.migrations import Migrations
 
@@ -44,9 +48,9 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     seen, engine.link = await see_it_run(engine.link, engine.connect, record.id)
     if not await engine.memory_is_there():
         seen = replace(seen, running=False)
-    _, counters = await asyncio.gather(_stop_own(engine), forward_late_frames(parts, engine.gates))
+    _, counters = await _both(_stop_own(engine), forward_late_frames(parts, engine.gates))
     await give_up_guest(parts, engine.guest, engine.gates)
-    away, aside = await asyncio.gather(
+    away, aside = await _both(
         see_macs_away(parts, engine.link, record), _give_up_disks(parts, record, delete=seen.running)
     )
     reason = None
@@ -71,6 +75,16 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
         record.id, Outcome.COMPLETED, reason, blackout_ms=receipt.blackout_ms, total_ms=receipt.total_ms
     )
     log.event("migration-ended", id=record.id, outcome="completed", blackout_ms=receipt.blackout_ms)
+
+
+async def _both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
+    """Both to their ends, and only then raises what went wrong: neither goes on with nobody waiting for it."""
+    one, other = await asyncio.gather(first, second, return_exceptions=True)
+    if isinstance(one, BaseException):
+        raise one
+    if isinstance(other, BaseException):
+        raise other
+    return one, other
 
 
 async def _stop_own(engine: SourceMigration) -> None:

@@ -202,7 +202,9 @@ class Switchover:
         return self._require_loaded(await self.loaded)
 
     def _end_exports(self) -> None:
+        # Only ahead of its time: the take does it, too, and says what goes wrong.
         self._exports_ended = asyncio.create_task(self.link.call(DisksComplete(self.migration_id), Done))
+        self._exports_ended.add_done_callback(_look_at)
 
     def _require_loaded(self, loaded: Loaded) -> Loaded:
         if loaded.problem:
@@ -252,7 +254,7 @@ class Switchover:
 _ANY_TIME_S = 30 * 24 * 3600.0
 
 
-def _look_at(task: asyncio.Task[Loaded]) -> None:
+def _look_at(task: asyncio.Task[Any]) -> None:
     if not task.cancelled():
         task.exception()  # what nobody waits for any more gets no warning from asyncio
 
