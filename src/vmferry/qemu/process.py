@@ -164,13 +164,16 @@ class GuestProcess:
         return self.steal_fd(lambda file: f"iff:\t{interface}\n" in file.info)
 
     def set_priority(self, nice: int, *, vcpus: bool = True) -> bool:
-        """Sets the nice value of all threads there are, or of all but the vCPUs'. False if that is not allowed."""
+        """Sets the nice value of all threads there are, or of all but the vCPUs'.
+
+        False if that is not allowed, or if the process has ended.
+        """
         try:
             for task in Path(f"/proc/{self.pid}/task").iterdir():
                 with contextlib.suppress(ProcessLookupError, FileNotFoundError):
                     if vcpus or not (task / "comm").read_text().startswith(_VCPU_THREAD):
                         os.setpriority(os.PRIO_PROCESS, int(task.name), nice)
-        except (PermissionError, FileNotFoundError):
+        except (PermissionError, FileNotFoundError, ProcessLookupError):
             return False
         return True
 
