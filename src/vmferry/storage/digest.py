@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import base64
 import struct
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -49,28 +48,6 @@ class DiskDigests:
         return blake3.blake3(header + self.chunks).hexdigest()
 
 
-class DigestCancelled(Failed):
-    """Somebody asked for the digesting to end."""
-
-    def __init__(self) -> None:
-        super().__init__("digest-cancelled", "Digesting the disk was cancelled.")
-
-
-@dataclass(frozen=True, slots=True)
-class Watch:
-    """How others watch a digest being made: `cancel` ends it, `progress` is told the bytes done so far (in order)."""
-
-    cancel: threading.Event | None = None
-    progress: Callable[[int], None] | None = None
-
-    def tell(self, done_bytes: int) -> None:
-        """Reports, and raises DigestCancelled when asked to end."""
-        if self.cancel is not None and self.cancel.is_set():
-            raise DigestCancelled
-        if self.progress is not None:
-            self.progress(done_bytes)
-
-
 def chunk_bytes_for(size_bytes: int) -> int:
     """The chunk size for a disk, the same on every host: 64 KiB, doubled until a million chunks do. Pure."""
     chunk = DEFAULT_CHUNK_BYTES
@@ -85,12 +62,10 @@ def blank_digests(size_bytes: int) -> DiskDigests:
     return DiskDigests(size_bytes, chunk, bytes(_DIGEST_BYTES * -(-size_bytes // chunk)))
 
 
-def redigest(
-    client: NbdClient, digests: DiskDigests, extents: Iterable[Extent], watch: Watch | None = None
-) -> DiskDigests:
+def redigest(client: NbdClient, digests: DiskDigests, extents: Iterable[Extent]) -> DiskDigests:
     """The digests with the chunks that `extents` touch read (again). Long stretches are asked for their zeros first.
 
-    Raises Failed `size-differs`, DigestCancelled, the errors of NbdClient.
+    Raises Failed `size-differs`, the errors of NbdClient. `NbdClient.abort` ends it early.
     """
     if client.size_bytes != digests.size_bytes:
         raise Failed(
@@ -107,7 +82,7 @@ def redigest(
         chunks[first * _DIGEST_BYTES : last * _DIGEST_BYTES] = bytes((last - first) * _DIGEST_BYTES)
         # A guest that has discarded a lot has dirtied a lot of zeros: not to be read in the blackout.
         data += _without_zeros(client, offset, length) if length >= _ASK_FOR_ZEROS_BYTES else [(offset, length)]
-    _digest_ranges(client, chunk, list(_whole_chunks(data, chunk, size)), chunks, watch or Watch())
+    _digest_ranges(client, chunk, list(_whole_chunks(data, chunk, size)), chunks)
     return DiskDigests(size, chunk, bytes(chunks))
 
 
@@ -137,12 +112,9 @@ def _whole_chunks(ranges: Iterable[tuple[int, int]], chunk: int, size: int) -> I
         yield begin, end - begin
 
 
-def _digest_ranges(
-    client: NbdClient, chunk: int, ranges: list[tuple[int, int]], chunks: bytearray, watch: Watch
-) -> None:
+def _digest_ranges(client: NbdClient, chunk: int, ranges: list[tuple[int, int]], chunks: bytearray) -> None:
     """Writes the digests of the ranges (whole chunks) into `chunks`."""
     digest = xxhash.xxh3_128_digest
-    done = 0
     for offset, view in client.stream(ranges, max(_STEP_BYTES, chunk)):
         place = offset // chunk * _DIGEST_BYTES
         length = len(view)
@@ -151,8 +123,6 @@ def _digest_ranges(
             value = digest(piece)
             chunks[place : place + _DIGEST_BYTES] = _ZERO if value == _digest_of_zeros(len(piece)) else value
             place += _DIGEST_BYTES
-        done += length
-        watch.tell(done)
 
 
 @cache
