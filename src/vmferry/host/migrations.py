@@ -25,11 +25,11 @@ from vmferry.migration.finish import put_disks_aside
 from vmferry.migration.gates import remove_gate_leftovers
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
-from vmferry.migration.link import PeerLink
+from vmferry.migration.link import LostLink, PeerLink
 from vmferry.migration.preflight import check
 from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.source import SourceEvents, SourceMigration, ask_target
-from vmferry.model.errors import Conflict, Failed, OutcomeUnknown, Refused, VmferryError, WrongInput
+from vmferry.model.errors import Conflict, Failed, Refused, VmferryError, WrongInput
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.migration import (
     CheckResult,
@@ -489,7 +489,7 @@ class Migrations:
         try:
             return await self._connect(peer)
         except VmferryError:
-            return _NoLink(peer)
+            return LostLink(peer)
 
     async def _resume_known(self, outgoing: Outgoing, record: MigrationRecord) -> None:
         vm, guest = outgoing.vm, outgoing.vm.guest
@@ -562,27 +562,6 @@ class Migrations:
     def tls_dir(self) -> Path:
         """Where the host's identity is."""
         return self._tls_dir
-
-
-class _NoLink:
-    """Stands for the link of an earlier life: everything on it is unreachable."""
-
-    def __init__(self, peer: str) -> None:
-        self.peer = peer
-        self.local_address = self.peer_address = ""
-        self.rtt_ms = 0.0
-
-    async def call(self, request: object, reply: type[Any], timeout_s: float = 0, data: bytes = b"") -> Any:
-        raise OutcomeUnknown("link-lost", f"The connection to {self.peer} was lost with the daemon.", "")
-
-    async def measure_rate(self) -> int:
-        return 0
-
-    async def wait_lost(self) -> VmferryError:
-        return Failed("link-lost", "The connection was lost with the daemon.", "")
-
-    async def close(self) -> None:
-        return
 
 
 def _as_failed(error: Exception) -> Failed:

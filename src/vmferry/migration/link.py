@@ -1,11 +1,11 @@
-"""What the engine needs of the connection to the other host. Implemented by `vmferry.host.peering`."""
+"""What the engine needs of the connection to the other host (`vmferry.host.peering` has it), and a stand-in for none."""
 
 from __future__ import annotations
 
 from typing import Protocol, TypeVar
 
 from vmferry.migration.messages import Request
-from vmferry.model.errors import VmferryError
+from vmferry.model.errors import Failed, OutcomeUnknown, VmferryError
 
 R = TypeVar("R")
 
@@ -55,3 +55,28 @@ class PeerLink(Protocol):
     async def close(self) -> None:
         """Ends the connection; requests in flight end with OutcomeUnknown."""
         ...
+
+
+class LostLink:
+    """Stands for the link of an earlier life of the daemon: everything on it is unreachable."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.local_address = self.peer_address = ""
+        self.rtt_ms = 0.0
+
+    async def call(self, request: Request, reply: type[R], timeout_s: float = 30.0, data: bytes = b"") -> R:
+        """See PeerLink.call."""
+        raise OutcomeUnknown("link-lost", f"The connection to {self.peer} was lost with the daemon.", "")
+
+    async def measure_rate(self) -> int:
+        """See PeerLink.measure_rate."""
+        return 0
+
+    async def wait_lost(self) -> VmferryError:
+        """See PeerLink.wait_lost."""
+        return Failed("link-lost", "The connection was lost with the daemon.", "")
+
+    async def close(self) -> None:
+        """See PeerLink.close."""
+        return
