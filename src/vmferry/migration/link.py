@@ -1,4 +1,4 @@
-"""What the engine needs of the connection to the other host (`vmferry.host.peering` has it), and a stand-in for none."""
+"""What the engine needs of the connection to the other host (`vmferry.host.peering` has it); a stand-in for none."""
 
 from __future__ import annotations
 
