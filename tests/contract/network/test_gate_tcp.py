@@ -16,11 +16,9 @@ async def poured(segment: Segment, more_bytes: int) -> None:
     await until(reached, f"{more_bytes} bytes more sent", 60)
 
 
-async def test_a_tcp_stream_is_not_retransmitted(tmp_path: Path) -> None:
+async def test_all_of_a_tcp_stream_arrives_once(tmp_path: Path) -> None:
     async with Segment(tmp_path) as segment:
         segment.in_ns("client", "ip", "address", "add", "10.9.0.9/24", "dev", "c0")
-        # Tail loss probes repeat the last segment when an answer is late, lost or not: they would hide what is lost.
-        segment.in_ns("client", "sysctl", "-qw", "net.ipv4.tcp_early_retrans=0")
         await segment.guest.call("make_nic", mac=MAC, address="10.9.0.50/24")
         await segment.guest.call("sink")
         await segment.a.call("port", vm="v0", mac=MAC, plugged=True)
@@ -34,12 +32,14 @@ async def test_a_tcp_stream_is_not_retransmitted(tmp_path: Path) -> None:
             source, target = target, source
         result = await segment.client.call("stop_pouring")
         largest = await segment.guest.call("largest.__int__")
-        dropped = await segment.guest.call("stop", label="v4")
-    print(result, largest, dropped)
+        arrived = await segment.guest.call("arrived.__int__")
+        await segment.guest.call("stop", label="v4")
+    print(result, arrived, largest)
     assert result["equal"]
     assert largest > 8000, "segmentation offload was not used"
-    # A change of path reorders; TCP may take that for a loss and then learns (D-SACK) that it was none.
-    assert result["retransmitted"] == result["needlessly"]
+    # TCP repeats what only came late or out of order, and its own account of that (D-SACK) is not complete. So count:
+    # what the client sent, repetitions included, is what came out of the ports. Nothing was lost, nothing doubled.
+    assert arrived == result["sent"]
 
 
 async def one_migration(segment: Segment, source: Worker, target: Worker, old: str, new: str) -> None:
