@@ -69,6 +69,8 @@ class Soak:
         wrong = [*judge_crossing(crossing), *self._judge_stream()]
         wrong += [f"left behind on {item}" for item in wait_until_clean(self._layout)]
         say(f"{head}  {_told(crossing)}  {'ok' if not wrong else 'WRONG'}", "red" if wrong else "")
+        if wrong:
+            say("    " + ", ".join(f"{step.name} {step.at_ms:.1f}" for step in crossing.receipt.switchover))
         return tuple(wrong)
 
     def end_stream(self) -> dict[str, Any]:

@@ -79,9 +79,14 @@ class SourceGates:
         for gate in self._gates:
             await gate.arm()
 
-    def drain(self, stopping_since: float | None = None) -> int:
-        """Sends on what is left in the old rings; the guest is stopped. See `SourceGate.drain`."""
-        return sum(gate.drain(stopping_since) for gate in self._gates)
+    def mark(self) -> None:
+        """The guest is stopped: finds out, once QEMU has looked, which frames it has kept. See `SourceGate.mark`."""
+        for gate in self._gates:
+            gate.mark()
+
+    def drain(self) -> int:
+        """Sends on what the stopped guest has not got. See `SourceGate.drain`."""
+        return sum(gate.drain() for gate in self._gates)
 
     def reclaim(self) -> None:
         """Rollback, first step."""

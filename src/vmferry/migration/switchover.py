@@ -69,9 +69,7 @@ class Switchover:
     loaded: asyncio.Task[Loaded] = field(init=False)
     memory: MemoryDigests | None = None
     _exports_ended: asyncio.Task[Done] | None = None
-    _drained_running: bool = False  # with the gate closed the rings were empty, and the guest ran
     _until: float | None = None  # by the loop's clock, once the gate is closed
-    _ran_until: float = 0.0  # seconds since 1970
     _memory_here: asyncio.Task[MemoryDigest] | None = None
 
     def arm(self) -> None:
@@ -111,15 +109,8 @@ class Switchover:
         self.timeline.mark("gate closed")
 
     async def settle(self) -> None:
-        """With the gate closed: a few milliseconds in which the running guest takes what is in its rings.
-
-        If QEMU has not stopped it by itself, nothing of it stays behind then.
-        """
-        settled = await self.gates.settle()
-        # Asked after the look at the rings, and QEMU changes it before it stops the first vCPU (do_vm_stop).
-        status = (await self.guest.monitor.execute("query-status"))["status"]
-        self._drained_running = settled and status == "running"
-        if self._drained_running:
+        """With the gate closed: a few milliseconds in which the running guest takes what is in its rings."""
+        if await self.gates.settle():
             self.timeline.mark("rings empty")
 
     async def transfer(self) -> None:
@@ -187,7 +178,6 @@ class Switchover:
         await asyncio.wait([self.stopped, self.waiting], return_when=asyncio.FIRST_COMPLETED)
         stop = self.stopped.result() if self.stopped.done() else self.waiting.result()
         self.timeline.stop_ns = stop.at_ns
-        self._ran_until = stop.qemu_us / 1e6 - _STOPPING_S
         self.timeline.mark("guest stopped", stop.at_ns)
 
     async def _transfer(self) -> Loaded:
@@ -216,8 +206,9 @@ class Switchover:
         """The memory's last pages are sent meanwhile; QEMU then waits for us at pre-switchover."""
         mark = self.timeline.mark
         last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
+        draining = asyncio.create_task(self._drain())
+        draining.add_done_callback(_look_at)
         try:
-            self.leftover_frames = self.gates.drain(None if self._drained_running else self._ran_until)
             waiting = await self.waiting
             if waiting.data["status"] != "pre-switchover":
                 raise await self._stream_failed()
@@ -226,13 +217,22 @@ class Switchover:
                 self._memory_here = asyncio.create_task(self.verify_memory.digest())
             await self.disks.complete()
             mark("disks complete")
+            await draining
             if last_writes is not None:
                 await last_writes
                 await self.disks.compare()
                 mark("disks compared")
         finally:
+            draining.cancel()
             if last_writes is not None:
                 last_writes.cancel()
+
+    async def _drain(self) -> None:
+        """Every frame that the guest did not get here goes to the target."""
+        self.gates.mark()
+        for _ in range(_LOOKS):
+            await self.guest.monitor.execute("query-status")
+        self.leftover_frames = self.gates.drain()
 
     def _compare_memory(self, digest: MemoryDigest, loaded: Loaded) -> None:
         self.memory = MemoryDigests(digest.hex, loaded.memory_digest, digest.hex == loaded.memory_digest)
@@ -259,7 +259,7 @@ def _look_at(task: asyncio.Task[Any]) -> None:
         task.exception()  # what nobody waits for any more gets no warning from asyncio
 
 
-# QEMU says STOP when the vCPUs and the devices have stopped (7 ms later was seen); before that the guest still ran.
-_STOPPING_S = 0.02
+# Answers by which QEMU has surely looked at its taps: one may come out of the turn of its main loop that was under way.
+_LOOKS = 2
 _LOAD = "The check's rehearsal should have found it; see the target's qemu.log."
 _STREAM = "Look at the migration network and at the target's QEMU, then migrate again."

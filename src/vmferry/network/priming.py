@@ -18,9 +18,14 @@ from vmferry.network.tap import SHORT_HEADER_BYTES
 
 def prime_port(port: Port) -> None:
     """Puts one frame into the port that no system answers. After its QEMU has started. Raises Failed, KernelRefused."""
-    head = mac_bytes(port.mac) + mac_bytes(host_side_mac(port.mac)) + struct.pack("!H", PROBE_ETHERTYPE)
     sender = FrameSender(port.name, bypass=True)
     try:
-        sender.send(bytes(SHORT_HEADER_BYTES) + head + bytes(SMALLEST_PAYLOAD_BYTES))
+        sender.send(unanswered_frame(port))
     finally:
         sender.close()
+
+
+def unanswered_frame(port: Port) -> bytes:
+    """A frame for the port's guest, with metadata, of a type that no system knows: it is dropped there unseen."""
+    head = mac_bytes(port.mac) + mac_bytes(host_side_mac(port.mac)) + struct.pack("!H", PROBE_ETHERTYPE)
+    return bytes(SHORT_HEADER_BYTES) + head + bytes(SMALLEST_PAYLOAD_BYTES)

@@ -1,7 +1,7 @@
 """The source's side of the gate: leads a running VM's incoming frames to the target, and takes them back on rollback.
 
-For `migration/`. Order: `prepare`, (target: plug), `close`, guest STOP, `drain`, ... then `release`; or, if the guest
-stays: `reclaim`, (target: return_frames), `reopen`, `release`.
+For `migration/`. Order: `prepare`, `arm`, (target: plug), `close`, guest STOP, `mark`, `drain`, ... then `release`;
+or, if the guest stays: `reclaim`, (target: return_frames), `reopen`, `release`.
 
 **All** frames that would enter the port are redirected after `close`, broadcasts too, and the target's own port takes
 no broadcasts from its own switch until `announce`. The two hosts cannot change over in the same instant; were both to
@@ -24,6 +24,7 @@ from vmferry.network.frames import FrameRecorder, FrameSender, Recorded
 from vmferry.network.messages import fdb_replace, link_master, observe_link, observe_link_by_index
 from vmferry.network.netlink import Netlink, PreparedBatch, aside
 from vmferry.network.ports import Port
+from vmferry.network.priming import unanswered_frame
 from vmferry.network.redirects import (
     ANY_FRAME,
     CLSACT_EGRESS,
@@ -34,7 +35,7 @@ from vmferry.network.redirects import (
     redirect_delete,
     redirect_new,
 )
-from vmferry.network.tap import has_frames, read_frames
+from vmferry.network.tap import SHORT_HEADER_BYTES, has_frames, read_frames
 from vmferry.network.tunnel import TunnelSpec, delete_tunnel, make_tunnel, tunnel_name
 
 EXISTS: Final = frozenset({errno.EEXIST})
@@ -79,7 +80,9 @@ class SourceGate:
         self._recorder: FrameRecorder | None = None
         self._recorded: list[tuple[bytes, float]] = []
         self._missed = 0  # by the recorder, until it was last emptied
+        self._marker = b""
         self._sent_for_qemu: list[bytes] = []
+        self._unknown = 0
         self._drained = 0
         self._reinjected = 0
 
@@ -159,10 +162,10 @@ class SourceGate:
             await asyncio.sleep(0.0005)
 
     async def arm(self) -> None:
-        """Keeps a copy of what goes into the port from now on (up to 64 MiB), for `drain(stopping_since)`.
+        """Keeps a copy of what goes into the port from now on (up to 64 MiB), for `drain`.
 
-        For a guest that may stop before the gate is closed, because QEMU chooses the moment. Called again it forgets
-        what is older than a second, so that there is room. Raises KernelRefused, Failed.
+        Before the guest may stop, because QEMU chooses the moment. Called again it forgets what is older than a second,
+        so that there is room. Raises KernelRefused, Failed.
         """
         if self._recorder is None:
             self._recorder = self._open.enter_context(FrameRecorder(self._port.name, Recorded.TO_GUEST))
@@ -171,37 +174,48 @@ class SourceGate:
         since = time.time() - _REMEMBERED_S
         self._recorded = [frame for frame in (*self._recorded, *fresh) if frame[1] >= since]
 
-    def drain(self, stopping_since: float | None = None) -> int:
-        """Sends what is left in the port's ring to the target; how many frames. Only with the gate closed and the
-        guest stopped.
+    def mark(self) -> None:
+        """Puts a frame of ours into the port, behind all others. With the gate closed and the guest stopped.
 
-        After STOP QEMU reads one frame more, which the guest never sees (measured with 10.0.2; net/tap.c reads before
-        it asks whether the peer takes it). With the gate closed and `settle` true before STOP there is none. Else
-        `arm` before STOP and give `stopping_since`, a time (seconds since 1970) at which the guest still ran: then
-        that frame is found in the copy and sent first. In doubt it is sent: a frame twice is better than one lost.
-        Raises Failed `port-read`, `frame-not-sent`.
+        After STOP QEMU reads one frame more and keeps it for a guest that will not run here again (net/tap.c of 10.0
+        reads before it asks whether the guest takes it, and then reads no more). Whether it has done so cannot be
+        asked, and when it stopped is not known to the millisecond: but once it has looked at its ports again (two
+        answers over QMP), the frame is gone if it was the first one to be read, and is there if QEMU has another one.
+        No system answers to the frame. Raises Failed `frame-not-sent`.
         """
+        self._marker = unanswered_frame(self._port)
+        self._ready().inject.send(self._marker)
+
+    def drain(self) -> int:
+        """Sends what the old guest has not got to the target; how many frames. After `mark`, QEMU having looked.
+
+        First the frame that QEMU has kept (`mark`), from the copy that `arm` makes, then those left in the ring. One
+        that is in no copy, because `arm` was late or the copy overflowed, counts as dropped. Raises Failed
+        `port-read`, `frame-not-sent`.
+        """
+        assert self._marker, "mark() first"
         left: list[bytes] = []
         while frames := read_frames(self._port.fd, 256):
             left += frames
-        swallowed = self._swallowed(len(left), stopping_since)
-        for frame in swallowed + left:
+        unread = [frame for frame in left if not _same(frame, self._marker)]
+        kept = self._kept_by_qemu(unread) if left else []
+        for frame in kept + unread:
             self._ready().forward.send(frame)
-        self._drained += len(swallowed) + len(left)
-        return len(swallowed) + len(left)
+        self._drained += len(kept) + len(unread)
+        return len(kept) + len(unread)
 
-    def _swallowed(self, left: int, stopping_since: float | None) -> list[bytes]:
-        """The frame QEMU keeps in its own queue: the last one before those left, if it was read after STOP."""
-        if self._recorder is None or stopping_since is None:
+    def _kept_by_qemu(self, unread: list[bytes]) -> list[bytes]:
+        """The frame before those that it has not read."""
+        fresh = self._recorder.take_stamped() if self._recorder is not None else []
+        recorded = [frame for frame, _ in (*self._recorded, *fresh) if not _same(frame, self._marker)]
+        at = len(recorded) - len(unread)
+        while unread and at > 0 and not _same(recorded[at], unread[0]):  # a full ring has dropped what came last
+            at -= 1
+        if at <= 0 or (self._recorder is not None and self._recorder.missed() > self._missed):
+            self._unknown += 1
             return []
-        recorded = [*self._recorded, *self._recorder.take_stamped()]
-        if len(recorded) <= left or self._recorder.missed() > self._missed:
-            return []
-        frame, entered = recorded[-left - 1]
-        if left == 0 and entered < stopping_since:
-            return []
-        self._sent_for_qemu.append(frame)
-        return [frame]
+        self._sent_for_qemu.append(recorded[at - 1])
+        return [recorded[at - 1]]
 
     def reclaim(self) -> None:
         """Rollback, first step: the network leads the VM's frames to this host again; the gate stays closed."""
@@ -251,7 +265,7 @@ class SourceGate:
             frames=(unicast.frames if unicast else 0) + self._drained,
             bytes=unicast.bytes if unicast else 0,
             others=others.frames if others else 0,
-            dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors"),
+            dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors") + self._unknown,
             tunnelled=tunnel.stat("tx_packets"),
         )
 
@@ -278,6 +292,11 @@ class SourceGate:
     def _ready(self) -> _Prepared:
         assert self._prepared is not None, "prepare() first"
         return self._prepared
+
+
+def _same(one: bytes, other: bytes) -> bool:
+    """Whether two frames are the same but for their metadata."""
+    return one[SHORT_HEADER_BYTES:] == other[SHORT_HEADER_BYTES:]
 
 
 @dataclass(frozen=True, slots=True)

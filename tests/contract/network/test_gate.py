@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -18,13 +17,19 @@ async def migrate(segment: Segment, source: Worker, target: Worker, old: str, ne
     await source.call("source.close")
     assert await source.call("source.settle", timeout_ms=2000)
     assert await segment.guest.call("stop", label=old) == 0
-    left = await source.call("source.drain")
+    left = await drain(segment, source, old)
     await segment.held(target, 20)
     await target.call("target.listen")
     await segment.guest.call("run", label=new)
     await target.call("target.announce")
     await segment.received(100)
-    return int(left)
+    return left
+
+
+async def drain(segment: Segment, source: Worker, old: str) -> int:
+    await source.call("source.mark")
+    await segment.guest.call("swallow", label=old)  # QEMU looks at its port
+    return int(await source.call("source.drain"))
 
 
 async def finish(segment: Segment, source: Worker, target: Worker, old: str) -> None:
@@ -67,7 +72,7 @@ async def begin(segment: Segment, swallow: bool) -> None:
     await segment.a.call("source.close")
     assert await segment.a.call("source.settle", timeout_ms=2000)
     await segment.guest.call("stop", label="old")
-    await segment.a.call("source.drain")
+    await drain(segment, segment.a, "old")
     await segment.held(segment.b, 20)
     if swallow:  # the target's QEMU reads one frame although its guest does not run
         assert await segment.guest.call("swallow", label="new") == 1
@@ -98,8 +103,16 @@ async def test_a_rollback_loses_no_frame(tmp_path: Path, swallow: bool) -> None:
     assert not found.lost and not found.duplicates and not found.damaged
 
 
+async def until_waiting(segment: Segment) -> None:
+    async def waiting() -> bool:
+        return not await segment.a.call("source.settled")
+
+    await until(waiting, "a frame in the port's ring")
+
+
 @pytest.mark.parametrize("rollback", [False, True])
-async def test_the_frame_qemu_reads_after_stop_is_not_lost(tmp_path: Path, rollback: bool) -> None:
+@pytest.mark.parametrize("late", ["none", "one", "some", "unlooked"])
+async def test_the_frame_qemu_reads_after_stop_is_not_lost(tmp_path: Path, late: str, rollback: bool) -> None:
     """The guest stops while the gate is still open, as when QEMU chooses the moment."""
     async with Segment(tmp_path) as segment:
         await segment.boot(segment.a, "old")
@@ -108,16 +121,26 @@ async def test_the_frame_qemu_reads_after_stop_is_not_lost(tmp_path: Path, rollb
         await segment.prepare(segment.a, segment.b, "old", "new")
         await segment.a.call("source.arm")
         await segment.received(20)
-        before = time.time()
-        await segment.guest.call("stop", label="old")
-
-        async def swallowed() -> bool:
-            return bool(await segment.guest.call("swallow", label="old"))
-
-        await until(swallowed, "a frame after the stop")
         await segment.b.call("target.plug")
+        if late == "none":
+            await segment.a.call("source.close")
+            assert await segment.a.call("source.settle", timeout_ms=2000)
+        if late == "unlooked":  # QEMU is busy stopping: frames come, and it has not read one of them yet
+            await segment.guest.call("halt")
+            await until_waiting(segment)
+        else:
+            await segment.guest.call("stop", label="old")
+        if late in ("one", "some"):
+
+            async def swallowed() -> bool:
+                return bool(await segment.guest.call("swallow", label="old"))
+
+            await until(swallowed, "a frame after the stop")
+        if late == "some":
+            await until_waiting(segment)
         await segment.a.call("source.close")
-        assert await segment.a.call("source.drain", stopping_since=before) >= 1
+        left = await drain(segment, segment.a, "old")
+        assert left >= 1 if late != "none" else left == 0
         await segment.held(segment.b, 20)
         if rollback:
             await segment.a.call("source.reclaim")
@@ -126,8 +149,10 @@ async def test_the_frame_qemu_reads_after_stop_is_not_lost(tmp_path: Path, rollb
         await segment.guest.call("run", label="old" if rollback else "new")
         await segment.received(100)
         found = await verdict(segment)
+        dropped = (await segment.a.call("source.traffic"))["dropped"]
         await segment.guest.call("stop", label="old" if rollback else "new")
     assert not found.lost and not found.duplicates and not found.damaged, found
+    assert dropped == 0
 
 
 async def test_the_source_going_on_forwarding_can_be_ended_when_it_is_quiet(tmp_path: Path) -> None:

@@ -48,6 +48,8 @@ async def one_migration(segment: Segment, source: Worker, target: Worker, old: s
     await source.call("source.close")
     assert await source.call("source.settle", timeout_ms=5000)
     await segment.guest.call("stop", label=old)
+    await source.call("source.mark")
+    await segment.guest.call("swallow", label=old)
     await source.call("source.drain")
     await segment.guest.call("relay", label=new)
     await target.call("target.announce")

@@ -355,11 +355,15 @@ class Guest:
 
         self.server = await asyncio.start_server(read, "0.0.0.0", 9)
 
-    async def stop(self, label: str) -> int:
-        """As QEMU after STOP: it reads one frame more if there is one, keeps it, and then reads no more."""
+    async def halt(self) -> None:
+        """As QEMU in the middle of stopping: it reads nothing now."""
         os.write(self.wake_write, b"x")
         assert self.thread
         await asyncio.to_thread(self.thread.join)
+
+    async def stop(self, label: str) -> int:
+        """As QEMU after STOP: it reads one frame more if there is one, keeps it, and then reads no more."""
+        await self.halt()
         return await self.swallow(label)
 
     async def swallow(self, label: str) -> int:
