@@ -29,6 +29,7 @@ from vmferry.migration.link import LostLink, PeerLink
 from vmferry.migration.preflight import check
 from vmferry.migration.records import MigrationRecord, RecordState
 from vmferry.migration.source import SourceEvents, SourceMigration, ask_target
+from vmferry.migration.undoing import to_the_end
 from vmferry.model.errors import Conflict, Failed, Refused, VmferryError, WrongInput
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.migration import (
@@ -211,7 +212,6 @@ class Migrations:
             guest = vm.guest
             if guest is None:
                 raise Failed("guest-ended", "The guest ended by itself.", "Start it, then migrate again.")
-            expected = await self._require_checked(record, options, link, vm)
             engine = SourceMigration(
                 parts=self._parts,
                 guest=guest,
@@ -224,9 +224,9 @@ class Migrations:
                 ),
                 connect=lambda: self._connect(record.peer),
                 was_running=vm.state is not RunState.PAUSED,
-                expected_dirty_rate=expected,
             )
             outgoing.engine = engine
+            await self._require_checked(engine, link, vm)
             try:
                 await engine.move()
             except Exception as error:
@@ -266,18 +266,25 @@ class Migrations:
     async def _connect(self, peer: str) -> PeerLink:
         return await self._peers.connect(peer)
 
-    async def _require_checked(self, record: MigrationRecord, options: MigrateOptions, link: PeerLink, vm: Vm) -> int:
-        """The dirty rate that was measured, bytes a second. Raises Refused with the first obstacle."""
+    async def _require_checked(self, engine: SourceMigration, link: PeerLink, vm: Vm) -> None:
+        """The check, while the engine already prepares. Raises Refused with the first obstacle."""
         assert vm.guest is not None
-        result = await check(self._parts, vm.guest, link, options)
-        await self._journal.save_document(record.id, "checked", encode(result))
-        self._views.change(record.id, prediction=result.prediction)
-        if not result.ok:
-            obstacles = [f for f in result.findings if f.severity is Severity.ERROR]
-            raise Refused(
-                "refused", _sentence(obstacles), f"All findings: vmferry vm check {record.vm_name} --to {link.peer}."
-            )
-        return result.prediction.dirty_bytes_per_s if result.prediction else 0
+        record = engine.record
+        try:
+            result = await check(self._parts, vm.guest, link, engine.options, engine.prepare_ahead)
+            await self._journal.save_document(record.id, "checked", encode(result))
+            self._views.change(record.id, prediction=result.prediction)
+            if not result.ok:
+                obstacles = [f for f in result.findings if f.severity is Severity.ERROR]
+                raise Refused(
+                    "refused",
+                    _sentence(obstacles),
+                    f"All findings: vmferry vm check {record.vm_name} --to {link.peer}.",
+                )
+        except BaseException:
+            await to_the_end(engine.call_off())
+            raise
+        engine.expected_dirty_rate = result.prediction.dirty_bytes_per_s if result.prediction else 0
 
     def _show(self, migration_id: str, progress: Progress) -> None:
         self._views.change(migration_id, progress=progress)

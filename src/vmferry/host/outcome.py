@@ -45,10 +45,7 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     if record.state is RecordState.HANDED_OVER:
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
-    seen, engine.link = await see_it_run(engine.link, engine.connect, record.id)
-    if not await engine.memory_is_there():
-        seen = replace(seen, running=False)
-    _, counters = await _both(_stop_own(engine), forward_late_frames(parts, engine.gates))
+    seen, counters = await _both(_see_it_through(engine), forward_late_frames(parts, engine.gates))
     await give_up_guest(parts, engine.guest, engine.gates)
     away, aside = await _both(
         see_macs_away(parts, engine.link, record), _give_up_disks(parts, record, delete=seen.running)
@@ -87,11 +84,15 @@ async def _both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
     return one, other
 
 
-async def _stop_own(engine: SourceMigration) -> None:
-    """Our QEMU, which nobody needs any more, has ended."""
+async def _see_it_through(engine: SourceMigration) -> RunningSeen:
+    """What was seen of the guest on the target; our QEMU, which nobody needs any more, has ended."""
+    seen, engine.link = await see_it_run(engine.link, engine.connect, engine.record.id)
+    if not await engine.memory_is_there():
+        seen = replace(seen, running=False)
     await engine.let_go()
     engine.guest.process.kill()
     await engine.guest.process.exited()
+    return seen
 
 
 async def _give_up_disks(parts: HostParts, record: MigrationRecord, *, delete: bool) -> tuple[str, ...]:

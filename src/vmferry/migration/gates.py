@@ -14,7 +14,7 @@ from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpe
 from vmferry.network.ports import Port, plug
 from vmferry.network.priming import prime_port
 
-_QUIET_S = 0.4
+_QUIET_S = 0.25  # three rounds of announcements
 _LOOK_EVERY_S = 0.05
 _SETTLE_MS = 12.0
 

@@ -61,21 +61,38 @@ class HostUse:
 # -- the source ------------------------------------------------------------------------------------------------------
 
 
-async def check(parts: HostParts, guest: RunningGuest, link: PeerLink, options: MigrateOptions) -> CheckResult:
-    """All findings of both hosts and the prediction. Changes nothing. Raises only what ends the link."""
+async def check(
+    parts: HostParts,
+    guest: RunningGuest,
+    link: PeerLink,
+    options: MigrateOptions,
+    promising: Callable[[], None] | None = None,
+) -> CheckResult:
+    """All findings of both hosts and the prediction. Changes nothing. Raises only what ends the link.
+
+    `promising` is called when only the rehearsal and the measuring are left, and nothing speaks against it so far.
+    """
     # The link alone with what costs little: what else the check does would slow it down.
     rate, facts = await asyncio.gather(link.measure_rate(), _facts(parts, guest))
-    results = await asyncio.gather(
-        _find_here(parts, guest),
-        _find_there(parts, guest, link, options, facts),
-        _find_paths(parts, guest.spec, link, options),
-        _find_rehearsed(parts, guest, link),
-        _measure(guest, facts, rate),
+
+    async def find_all_else() -> list[Finding]:
+        results = await asyncio.gather(
+            _find_here(parts, guest),
+            _find_there(parts, guest, link, options, facts),
+            _find_paths(parts, guest.spec, link, options),
+        )
+        found = [finding for result in results for finding in result]
+        if promising is not None and not blocking(tuple(found)):
+            promising()
+        return found
+
+    findings, rehearsed, measured = await asyncio.gather(
+        find_all_else(), rehearse(parts, link, guest.spec), _measure(guest, facts, rate)
     )
-    findings = [finding for result in results[:4] for finding in result]
-    prediction = predict(results[4], options)
+    findings.append(rehearsed)
+    prediction = predict(measured, options)
     # The link may look slower than it is while other work goes on; a refusal must hold for a link twice as fast, too.
-    hopeful = predict(replace(results[4], link_rate=results[4].link_rate * 2), options)
+    hopeful = predict(replace(measured, link_rate=measured.link_rate * 2), options)
     findings += _find_goal(parts.name, prediction, certain=not hopeful.feasible)
     ordered = tuple(sorted(findings, key=lambda f: (f.severity is not Severity.ERROR, f.host, f.code)))
     return CheckResult(
@@ -181,10 +198,6 @@ async def _probe_path(parts: HostParts, link: PeerLink, here: str, there: str, m
         return find.error("path-broken", message, fix, link.peer)
     message = f"Small frames pass from switch {here} to {there} on {link.peer}, frames of {mtu} bytes do not."
     return find.error("path-mtu", message, f"Raise the MTU of the network between them to {mtu}.", link.peer)
-
-
-async def _find_rehearsed(parts: HostParts, guest: RunningGuest, link: PeerLink) -> list[Finding]:
-    return [await rehearse(parts, link, guest.spec)]
 
 
 async def _measure(guest: RunningGuest, facts: SourceFacts, rate: int) -> Measured:

@@ -11,13 +11,13 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
 from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks, sync_images
 from vmferry.migration.gates import SourceGates
-from vmferry.migration.guest import RunningGuest, map_memory
+from vmferry.migration.guest import RunningGuest, map_memory, touch_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
@@ -100,6 +100,7 @@ class SourceMigration:
     _reader: MemoryReader | None = None
     _proof: asyncio.Task[None] | None = None
     _standing_by: asyncio.Task[None] | None = None
+    _preparing: asyncio.Task[Prepared] | None = None
     _committed: bool = False
 
     @property
@@ -151,6 +152,16 @@ class SourceMigration:
             await asyncio.sleep(_POST_COPY_LOOK_S)
         return not post_copy
 
+    def prepare_ahead(self) -> None:
+        """Reserves on the target and has its QEMU started while the check ends; `move` or `call_off` follows."""
+        self._preparing = asyncio.create_task(self._prepare())
+
+    async def call_off(self) -> None:
+        """The check speaks against it: what `prepare_ahead` has made goes, here and on the target."""
+        if self._preparing is not None:
+            await _end(self._preparing)
+            await self._undo()
+
     async def move(self) -> None:
         """Prepare, copy, switch over, hand off. Returns once the target has taken the VM.
 
@@ -158,7 +169,8 @@ class SourceMigration:
         handoff was written and the target does not say what it did: then `settle` goes on.
         """
         try:
-            prepared = await self._prepare()
+            self.events.phase(Phase.PREPARE)
+            prepared = await (self._preparing or self._prepare())
             await self._copy_and_switch(prepared)
         except BaseException as error:
             if not self._committed:
@@ -183,7 +195,6 @@ class SourceMigration:
     # -- prepare and copy --------------------------------------------------------------------------------------------
 
     async def _prepare(self) -> Prepared:
-        self.events.phase(Phase.PREPARE)
         record, limits = self.record, self.parts.limits
         request = Prepare(
             migration_id=record.id,
@@ -236,7 +247,11 @@ class SourceMigration:
         if not self.guest.spec.disks:
             return
         await disks.start(self.options.bandwidth_bps // 8)
-        await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
+        touching = asyncio.create_task(touch_memory(self.guest))  # the processor has time while the network has none
+        try:
+            await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
+        finally:
+            await _end(touching)
 
     def _stream_settings(self) -> StreamSettings:
         return StreamSettings(
@@ -538,7 +553,7 @@ async def ask_target(
         await link.close()
 
 
-async def _end(task: asyncio.Task[None] | None) -> None:
+async def _end(task: asyncio.Task[Any] | None) -> None:
     """Cancels a task of ours and waits for its end, whatever that is."""
     if task is not None:
         task.cancel()
