@@ -22,10 +22,12 @@ from vmferry.model.errors import Conflict, Failed, NotFound, VmferryError
 from vmferry.model.views import VmView
 from vmferry.model.vm import RunState, VmSpec
 from vmferry.network.ports import plug
+from vmferry.qemu.cpu import observe_guest_cpu
 from vmferry.qemu.monitor import QmpEvent
 from vmferry.qemu.process import ProcessIdentity
 
 _POWERDOWN_AGAIN_S = 3.0
+_PEACE_S = 1.0  # after its start or arrival a guest's QEMU and this daemon have other things to do
 
 
 @dataclass(slots=True)
@@ -53,6 +55,7 @@ class Vms:
         self._files = files
         self._vms: dict[str, Vm] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._learning = asyncio.Lock()
 
     # -- what is there -----------------------------------------------------------------------------------------------
 
@@ -352,9 +355,17 @@ class Vms:
         vm.powered_off = False
         guest.monitor.listen(("SHUTDOWN",), lambda event: _note_shutdown(vm, event))
         vm.ended.clear()
-        task = asyncio.create_task(self._watch(vm, guest))
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        for work in (self._watch(vm, guest), self._learn_cpu(guest)):
+            task = asyncio.create_task(work)
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    async def _learn_cpu(self, guest: RunningGuest) -> None:
+        """What the guest's CPU has, for the check of a migration: asked in peace, one guest after the other."""
+        async with self._learning:
+            await asyncio.sleep(_PEACE_S)
+            with contextlib.suppress(VmferryError):  # the check asks itself then
+                guest.cpu = guest.cpu or await observe_guest_cpu(guest.monitor)
 
     async def _watch(self, vm: Vm, guest: RunningGuest) -> None:
         status = await guest.process.exited()

@@ -72,24 +72,32 @@ async def check(
 
     `promising` is called when only the rehearsal and the measuring are left, and nothing speaks against it so far.
     """
-    # The link alone with what costs little: what else the check does would slow it down.
-    rate, facts = await asyncio.gather(link.measure_rate(), _facts(parts, guest))
 
-    async def find_all_else() -> list[Finding]:
-        results = await asyncio.gather(
-            _find_here(parts, guest),
-            _find_there(parts, guest, link, options, facts),
-            _find_paths(parts, guest.spec, link, options),
-        )
-        found = [finding for result in results for finding in result]
-        if promising is not None and not blocking(tuple(found)):
-            promising()
-        return found
+    async def find() -> tuple[list[Finding], SourceFacts, int]:
+        # The link alone with what costs little: what else the check does would slow it down.
+        rate, facts = await asyncio.gather(link.measure_rate(), _facts(parts, guest))
 
-    findings, rehearsed, measured = await asyncio.gather(
-        find_all_else(), rehearse(parts, link, guest.spec), _measure(guest, facts, rate)
+        async def find_all_else() -> list[Finding]:
+            results = await asyncio.gather(
+                _find_here(parts, guest),
+                _find_there(parts, guest, link, options, facts),
+                _find_paths(parts, guest.spec, link, options),
+            )
+            found = [finding for result in results for finding in result]
+            if promising is not None and not blocking(tuple(found)):
+                promising()
+            return found
+
+        found, rehearsed = await asyncio.gather(find_all_else(), rehearse(parts, link, guest.spec))
+        return [*found, rehearsed], facts, rate
+
+    (findings, facts, rate), dirty = await asyncio.gather(find(), estimate_dirty_rate(guest.monitor, _DIRTY_WINDOW_MS))
+    measured = Measured(
+        memory_bytes=await asyncio.to_thread(_allocated_memory, guest),
+        disk_bytes=sum(facts.disk_bytes.values()),
+        dirty_rate=dirty.bytes_per_s,
+        link_rate=rate,
     )
-    findings.append(rehearsed)
     prediction = predict(measured, options)
     # The link may look slower than it is while other work goes on; a refusal must hold for a link twice as fast, too.
     hopeful = predict(replace(measured, link_rate=measured.link_rate * 2), options)
@@ -198,16 +206,6 @@ async def _probe_path(parts: HostParts, link: PeerLink, here: str, there: str, m
         return find.error("path-broken", message, fix, link.peer)
     message = f"Small frames pass from switch {here} to {there} on {link.peer}, frames of {mtu} bytes do not."
     return find.error("path-mtu", message, f"Raise the MTU of the network between them to {mtu}.", link.peer)
-
-
-async def _measure(guest: RunningGuest, facts: SourceFacts, rate: int) -> Measured:
-    dirty = await estimate_dirty_rate(guest.monitor, _DIRTY_WINDOW_MS)
-    return Measured(
-        memory_bytes=await asyncio.to_thread(_allocated_memory, guest),
-        disk_bytes=sum(facts.disk_bytes.values()),
-        dirty_rate=dirty.bytes_per_s,
-        link_rate=rate,
-    )
 
 
 def _allocated_memory(guest: RunningGuest) -> int:
