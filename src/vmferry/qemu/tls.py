@@ -2,8 +2,8 @@
 
 One directory with ca-cert.pem, server-cert.pem and server-key.pem, client-cert.pem and client-key.pem, and better also
 dh-params.pem (without it QEMU spends up to 0.7 s on making some). QEMU's user must be able to read them. QEMU before
-10.1 demands key usage keyEncipherment (beside digitalSignature) of every certificate, also of an elliptic-curve one, and
-keyCertSign of the CA; extended key usage is checked if it is there.
+10.1 demands key usage keyEncipherment (beside digitalSignature) of every certificate, also of an elliptic-curve one,
+and keyCertSign of the CA; extended key usage is checked if it is there.
 """
 
 from __future__ import annotations
