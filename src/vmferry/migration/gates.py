@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 
 from vmferry.migration.host_parts import HostParts
 from vmferry.network.announce import Announcer, announce_rounds, announcement_frames
@@ -138,7 +137,9 @@ class TargetGates:
             for port, spec in zip(ports, _specs(parts, migration_id, mtus, parts.address, remote), strict=True)
         ]
         self._ports = tuple(ports)
-        self._rounds: list[asyncio.Task[None]] = []
+        self._places = [(_uplinks(parts, port.switch), announcement_frames(port.mac)) for port in ports]
+        self._announcers: list[Announcer] = []
+        self._completing: list[asyncio.Task[int]] = []
         self._held = 0
 
     async def prepare(self) -> None:
@@ -147,6 +148,8 @@ class TargetGates:
             await asyncio.to_thread(prime_port, port)
         for gate in self._gates:
             await gate.prepare()
+        for uplinks, frames in self._places:
+            self._announcers.append(Announcer(uplinks, frames))
 
     def plug(self) -> None:
         """The switch leads the VM's frames to the new port. No await."""
@@ -163,7 +166,10 @@ class TargetGates:
         for gate in self._gates:
             self._held += gate.held()
             gate.announce()
-            self._rounds.append(asyncio.create_task(_settle_in(gate)))
+            self._completing.append(asyncio.create_task(gate.complete()))
+        announcers, self._announcers = self._announcers, []
+        for announcer in announcers:
+            _in_background(_announce_in_rounds(announcer))
 
     def announce_again(self) -> None:
         """Once more, at once."""
@@ -180,10 +186,11 @@ class TargetGates:
         return sum([await gate.return_frames() for gate in self._gates])
 
     async def release(self) -> None:
-        """Ends it, announcements included."""
-        for task in self._rounds:
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
+        """Ends it. Announcements that are still to come are independent of it: the last is 0.8 s after the take."""
+        for announcer in self._announcers:
+            announcer.close()
+        for task in self._completing:
+            await task
         for gate in self._gates:
             await gate.release()
 
@@ -196,7 +203,15 @@ async def open_ports(parts: HostParts, ports: Sequence[Port]) -> None:
             await announce_rounds(announcer)
 
 
-async def _settle_in(gate: TargetGate) -> None:
-    """What follows an opened gate: broadcasts that fell between are put in, the network is told again and again."""
-    await gate.complete()
-    await announce_rounds(gate.announcer)
+async def _announce_in_rounds(announcer: Announcer) -> None:
+    with announcer:
+        await announce_rounds(announcer)
+
+
+_background: set[asyncio.Task[None]] = set()  # asyncio itself does not keep a task
+
+
+def _in_background(work: Coroutine[None, None, None]) -> None:
+    task = asyncio.create_task(work)
+    _background.add(task)
+    task.add_done_callback(_background.discard)
