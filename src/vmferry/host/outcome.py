@@ -46,10 +46,7 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
     seen, counters = await _both(_see_it_through(engine), forward_late_frames(parts, engine.gates))
-    await give_up_guest(parts, engine.guest, engine.gates)
-    away, aside = await _both(
-        see_macs_away(parts, engine.link, record), _give_up_disks(parts, record, delete=seen.running)
-    )
+    away, aside = await _both(_leave_network(engine), _give_up_disks(parts, record, delete=seen.running))
     reason = None
     if not seen.running:
         reason = Reason(
@@ -93,6 +90,12 @@ async def _see_it_through(engine: SourceMigration) -> RunningSeen:
     engine.guest.process.kill()
     await engine.guest.process.exited()
     return seen
+
+
+async def _leave_network(engine: SourceMigration) -> bool | None:
+    """Ports, gates and the run directory go; whether the VM's MACs were seen to be elsewhere then."""
+    await give_up_guest(engine.parts, engine.guest, engine.gates)
+    return await see_macs_away(engine.parts, engine.link, engine.record)
 
 
 async def _give_up_disks(parts: HostParts, record: MigrationRecord, *, delete: bool) -> tuple[str, ...]:

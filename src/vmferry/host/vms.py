@@ -369,8 +369,8 @@ class Vms:
 
     async def _watch(self, vm: Vm, guest: RunningGuest) -> None:
         status = await guest.process.exited()
-        if vm.guest is not guest:
-            return
+        if vm.guest is not guest or not vm.owned:
+            return  # one that was given away: its ports forward frames for a while yet
         tail = guest.process.log_tail(3)
         vm.guest = None
         # After that it has nothing more to lose: QEMU was seen to crash when it ended in the middle of a migration.

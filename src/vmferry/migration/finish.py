@@ -27,7 +27,7 @@ _ASK_LIMIT_S = 30.0
 _ASK_AGAIN_S = 20.0
 _ASK_PAUSE_S = 0.5
 _AWAY_WITHIN_S = 1.5
-_LOOK_EVERY_S = 0.05
+_LOOK_EVERY_S = 0.02
 
 
 async def see_it_run(
