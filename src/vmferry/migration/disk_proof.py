@@ -30,7 +30,7 @@ from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitma
 
 _REFRESH_EVERY_S = 0.15
 _FRESH_S = 0.12  # what the guest has written since the last reading is read again in the blackout
-_STEP_BYTES = 128 << 20
+_STEP_BYTES = 32 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20
 
