@@ -80,7 +80,7 @@ class BareGuest:
 def _arguments(plan: GuestPlan, disk: Path, socket: Path) -> list[str]:
     file = {"driver": "file", "filename": str(disk), "discard": "unmap"}
     image = {"driver": "qcow2", "node-name": "disk0", "discard": "unmap", "file": file}
-    memory = {"qom-type": "memory-backend-memfd", "id": "pc.ram", "size": MEMORY_MIB << 20, "share": True}
+    memory = {"qom-type": "memory-backend-ram", "id": "pc.ram", "size": MEMORY_MIB << 20}
     return [
         *("-name", "guest=bare", "-nodefaults", "-no-user-config", "-display", "none"),
         *("-object", json.dumps(memory), "-machine", "q35,usb=off,memory-backend=pc.ram"),

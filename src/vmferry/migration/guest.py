@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from vmferry.network.ports import Port, PortRequest, adopt_port, close_port, cre
 from vmferry.network.switches import SwitchConfig
 from vmferry.qemu.cpu import CpuFeatures
 from vmferry.qemu.layout import FirmwareFiles, GuestLayout
-from vmferry.qemu.memory_image import MemoryReader, touch_holes
+from vmferry.qemu.memory_image import MemoryPlace, MemoryReader, locate_memory
 from vmferry.qemu.monitor import Monitor
 from vmferry.qemu.process import GuestProcess, ProcessIdentity, adopt_guest, start_guest
 
@@ -203,29 +202,11 @@ def boot_files(spec: VmSpec) -> tuple[str, ...]:
     return ()
 
 
-def map_memory(guest: RunningGuest) -> MemoryReader:
-    """The guest's memory, mapped for a digest. Blocks for a moment. Raises Failed `memory-not-found`."""
-    fd = guest.process.open_memory(guest.spec.memory_bytes)
-    try:
-        return MemoryReader(fd, guest.spec.memory_bytes)
-    finally:
-        os.close(fd)
+async def locate(guest: RunningGuest) -> MemoryPlace:
+    """Where the guest's memory is in its QEMU. Raises Failed `memory-not-found`."""
+    return await locate_memory(guest.monitor, guest.process.pid, guest.spec.memory_bytes)
 
 
-async def touch_memory(guest: RunningGuest) -> None:
-    """Makes the pages of the guest's memory that it has never used; see `touch_holes`. May be cancelled."""
-    stop = threading.Event()
-
-    def touch() -> None:
-        fd = guest.process.open_memory(guest.spec.memory_bytes)
-        try:
-            touch_holes(fd, guest.spec.memory_bytes, stop)
-        finally:
-            os.close(fd)
-
-    working = asyncio.ensure_future(asyncio.to_thread(touch))
-    try:
-        await asyncio.shield(working)
-    finally:
-        stop.set()
-        await asyncio.wait([working])
+async def open_memory(guest: RunningGuest) -> MemoryReader:
+    """The guest's memory, for digests. Raises Failed `memory-not-found`, `memory-not-readable`."""
+    return await asyncio.to_thread(MemoryReader, await locate(guest))

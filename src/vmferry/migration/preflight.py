@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import secrets
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vmferry.migration import findings_of as find
-from vmferry.migration.guest import RunningGuest, switch_of
+from vmferry.migration.guest import RunningGuest, locate, switch_of
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
 from vmferry.migration.messages import (
@@ -38,6 +37,7 @@ from vmferry.model.vm import Disk, VmSpec
 from vmferry.network.probes import PathProbeListener, observe_mac_elsewhere, send_path_probe
 from vmferry.network.switches import observe_switch
 from vmferry.qemu.cpu import CpuFeatures, observe_cpu, observe_guest_cpu
+from vmferry.qemu.memory_image import observe_used_bytes
 from vmferry.qemu.memory_stream import estimate_dirty_rate, observe_migration
 from vmferry.qemu.post_copy import may_fault
 from vmferry.storage.image_info import observe_image
@@ -93,7 +93,7 @@ async def check(
 
     (findings, facts, rate), dirty = await asyncio.gather(find(), estimate_dirty_rate(guest.monitor, _DIRTY_WINDOW_MS))
     measured = Measured(
-        memory_bytes=await asyncio.to_thread(_allocated_memory, guest),
+        memory_bytes=await asyncio.to_thread(observe_used_bytes, await locate(guest)),
         disk_bytes=sum(facts.disk_bytes.values()),
         dirty_rate=dirty.bytes_per_s,
         link_rate=rate,
@@ -206,14 +206,6 @@ async def _probe_path(parts: HostParts, link: PeerLink, here: str, there: str, m
         return find.error("path-broken", message, fix, link.peer)
     message = f"Small frames pass from switch {here} to {there} on {link.peer}, frames of {mtu} bytes do not."
     return find.error("path-mtu", message, f"Raise the MTU of the network between them to {mtu}.", link.peer)
-
-
-def _allocated_memory(guest: RunningGuest) -> int:
-    fd = guest.process.open_memory(guest.spec.memory_bytes)
-    try:
-        return os.fstat(fd).st_blocks * 512
-    finally:
-        os.close(fd)
 
 
 def _find_goal(host: str, prediction: Prediction, *, certain: bool) -> list[Finding]:

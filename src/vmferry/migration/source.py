@@ -17,7 +17,7 @@ from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
 from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks, sync_images
 from vmferry.migration.gates import SourceGates
-from vmferry.migration.guest import RunningGuest, map_memory, touch_memory
+from vmferry.migration.guest import RunningGuest, open_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
 from vmferry.migration.host_parts import HostParts
 from vmferry.migration.link import PeerLink
@@ -222,7 +222,7 @@ class SourceMigration:
         settings = self._stream_settings()
         self._memory = MemoryCopy(self.guest, self._goal(), settings.limit, self._report)
         if self.options.verify is Verify.ALL:
-            self._reader = await asyncio.to_thread(map_memory, self.guest)
+            self._reader = await open_memory(self.guest)
         self.events.phase(Phase.COPY)
         async with self._watched():
             if self._proves_disks:
@@ -247,11 +247,7 @@ class SourceMigration:
         if not self.guest.spec.disks:
             return
         await disks.start(self.options.bandwidth_bps // 8)
-        touching = asyncio.create_task(touch_memory(self.guest))  # the processor has time while the network has none
-        try:
-            await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
-        finally:
-            await _end(touching)
+        await disks.copy(self._report_disks, self.parts.limits.disk_stall_s)
 
     def _stream_settings(self) -> StreamSettings:
         return StreamSettings(
@@ -308,10 +304,8 @@ class SourceMigration:
 
     async def _stand_by(self) -> None:
         """Both sides get ready for the switchover, while the guest runs."""
-        here = [sync_images(self.guest.spec)]
-        if self._reader is not None:
-            here.append(self._reader.prepare())
-        await asyncio.gather(self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s), *here)
+        there = self.link.call(StandBy(self.record.id), Done, self.parts.limits.prepare_s)
+        await asyncio.gather(there, sync_images(self.guest.spec))
         # What carries the guest over must not wait for others' work; `_undo` takes it back.
         self.guest.process.set_priority(_CARRYING_NICE, vcpus=False)
         _require(self.measured.switchover).timeline.mark("standing by")

@@ -51,7 +51,7 @@ class Timeline:
 
 @dataclass(slots=True)
 class Switchover:
-    """The objects that take part, ready to be used. `verify_memory` maps the guest's memory when it is to be hashed."""
+    """The objects that take part, ready to be used. `verify_memory` reads the guest's memory if it is hashed."""
 
     guest: RunningGuest
     link: PeerLink

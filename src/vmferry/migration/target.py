@@ -22,7 +22,7 @@ from vmferry.migration.guest import (
     build_guest,
     create_ports,
     dismantle,
-    map_memory,
+    open_memory,
     remove_ports,
 )
 from vmferry.migration.handoff import GuestSeen
@@ -200,7 +200,7 @@ class TargetMigration:
         self._gates = TargetGates(self._parts, self.record.id, self.guest.ports, mtus, self._request.source_address)
         await self._gates.prepare()
         if options.verify is Verify.ALL:
-            self._memory = await asyncio.to_thread(map_memory, self.guest)
+            self._memory = await open_memory(self.guest)
         self._writer = asyncio.create_task(self._write_out_early())
         return Prepared(spec, memory_port, disk_port, (), gate_vni(self.record.id))
 
@@ -220,8 +220,6 @@ class TargetMigration:
         """Before the switchover, while the guest runs on the source: the little that is left then is quick."""
         await self._stop_writer()
         await sync_images(self.record.spec)
-        if self._memory is not None:
-            await self._memory.prepare()
 
     async def end_exports(self) -> None:
         """Ends all exports; strictly before the guest runs. Idempotent."""

@@ -80,7 +80,7 @@ def _require_fitting(layout: GuestLayout) -> None:
 
 def _machine(layout: GuestLayout) -> list[str]:
     spec = layout.spec
-    memory = _twin_memory(layout) if layout.twin else {"qom-type": "memory-backend-memfd", "share": True}
+    memory = _twin_memory(layout) if layout.twin else {"qom-type": "memory-backend-ram"}
     memory |= {"id": RAM_ID, "size": spec.memory_bytes}
     flash = f",pflash0={FIRMWARE_CODE_NODE},pflash1={FIRMWARE_VARIABLES_NODE}" if layout.firmware else ""
     return [
@@ -102,7 +102,7 @@ def _machine(layout: GuestLayout) -> list[str]:
 def _twin_memory(layout: GuestLayout) -> dict[str, Any]:
     """A sparse file that is never written: only memory of a named file is left out by `x-ignore-shared`.
 
-    A memfd is not (migrate_ram_is_ignored in QEMU's migration/ram.c): all its pages would be read, and so allocated.
+    Any other is not (migrate_ram_is_ignored in QEMU's migration/ram.c): all of it would be read.
     """
     return {"qom-type": "memory-backend-file", "share": True, "mem-path": str(layout.run_dir / TWIN_MEMORY)}
 

@@ -42,7 +42,6 @@ from vmferry.qemu.monitor import Monitor, QmpInterrupted, QmpLost
 __all__ = ["GuestProcess", "GuestUser", "OpenFile", "ProcessIdentity", "adopt_guest", "attach_process", "start_guest"]
 
 _LOG_TAIL_BYTES = 4096
-_MEMFD_NAME = "memory-backend-memfd"
 _VCPU_THREAD = "CPU "  # QEMU's names with debug-threads=on: CPU 0/KVM, CPU 0/TCG
 
 
@@ -134,16 +133,6 @@ class GuestProcess:
             self._exit.cancel()
             if self._child is not None:
                 self._child.returncode = 0  # not ours to wait for any more; keeps Popen from complaining
-
-    def open_memory(self, size_bytes: int | None = None) -> int:
-        """A descriptor of the guest's RAM, read-only; the caller closes it. Raises Failed `memory-not-found`."""
-        for file in open_files(self.pid):
-            if _MEMFD_NAME in file.target:
-                fd = os.open(f"/proc/{self.pid}/fd/{file.fd}", os.O_RDONLY | os.O_CLOEXEC)
-                if size_bytes is None or os.fstat(fd).st_size == size_bytes:
-                    return fd
-                os.close(fd)
-        raise Failed("memory-not-found", "The guest's memory is no memfd of its process.", "Restart the VM once.")
 
     def find_fds(self, predicate: FdPredicate) -> list[OpenFile]:
         """The descriptors of the process for which the predicate holds."""

@@ -48,7 +48,14 @@ from vmferry.qemu.exports import (
 )
 from vmferry.qemu.layout import TWIN_MEMORY
 from vmferry.qemu.liveness import wait_vcpus_advance
-from vmferry.qemu.memory_image import MemoryDigest, MemoryReader, compare_digests, digest_memory
+from vmferry.qemu.memory_image import (
+    MemoryDigest,
+    MemoryReader,
+    compare_digests,
+    digest_memory,
+    locate_memory,
+    observe_used_bytes,
+)
 from vmferry.qemu.memory_stream import (
     StreamSettings,
     cancel,
@@ -187,9 +194,9 @@ async def test_a_flipped_byte_is_found(lab: Lab) -> None:
     await asyncio.wait_for(loaded, 60)
     before = await _digest(pair.source)
     offset = 77 * MIB + 4321
-    path = f"/proc/{pair.target.pid}/fd/{pair.target.find_fds(lambda f: 'memory-backend-memfd' in f.target)[0].fd}"
-    memory = os.open(path, os.O_RDWR)
-    os.pwrite(memory, b"\x01", offset)
+    place = await locate_memory(pair.target.monitor, pair.target.pid, MEMORY)
+    memory = os.open(f"/proc/{pair.target.pid}/mem", os.O_RDWR)
+    os.pwrite(memory, b"\x01", place.address + offset)
     os.close(memory)
     after = await _digest(pair.target)
     assert compare_digests(before, after) == 77 * MIB
@@ -198,21 +205,21 @@ async def test_a_flipped_byte_is_found(lab: Lab) -> None:
     await lab.ticks(pair.source)
 
 
-async def test_zero_pages_stay_holes_on_the_target(lab: Lab) -> None:
+async def test_memory_never_used_stays_so_on_both_sides(lab: Lab) -> None:
     pair = await make_pair(lab)
+    here = await locate_memory(pair.source.monitor, pair.source.pid, MEMORY)
+    before = observe_used_bytes(here)
     pre = expect_status(pair.source.monitor, "pre-switchover", "failed")
     loaded = expect_status(pair.target.monitor, "completed", "failed")
     await start_memory(pair, StreamSettings())
     await asyncio.wait_for(pre, 60)
     await continue_switchover(pair.source.monitor)
     await asyncio.wait_for(loaded, 60)
-    fd = pair.target.open_memory(MEMORY)
-    try:
-        assert os.fstat(fd).st_blocks * 512 < 16 * MIB
-        await digest_memory(fd, MEMORY)
-        assert os.fstat(fd).st_blocks * 512 < 16 * MIB, "the digest made pages"
-    finally:
-        os.close(fd)
+    assert observe_used_bytes(here) < before + 16 * MIB, "sending it made pages"
+    place = await locate_memory(pair.target.monitor, pair.target.pid, MEMORY)
+    assert observe_used_bytes(place) < 16 * MIB
+    await digest_memory(place)
+    assert observe_used_bytes(place) < 16 * MIB, "the digest made pages"
 
 
 @pytest.mark.parametrize("case", ["wrong-ca", "not-allowed", "wrong-name"])
@@ -520,26 +527,21 @@ async def test_bitmaps_record_writes_and_are_exported(lab: Lab) -> None:
         await observe_bitmap(monitor, "root.format", "moved")
 
 
-async def test_a_reader_of_the_memory_is_prepared_once_and_used_twice(lab: Lab) -> None:
+async def test_a_reader_of_the_memory_is_opened_once_and_used_twice(lab: Lab) -> None:
     guest = await lab.work_guest("a", pages_per_tick=10)
-    fd = guest.open_memory(MEMORY)
-    reader = MemoryReader(fd, MEMORY)
+    place = await locate_memory(guest.monitor, guest.pid, MEMORY)
+    reader = MemoryReader(place)
     try:
         await guest.monitor.execute("stop")
         one = await reader.digest()
-        assert one == await reader.digest() == await digest_memory(fd, MEMORY, threads=1)
+        assert one == await reader.digest() == await digest_memory(place, threads=1)
         await guest.monitor.execute("cont")
         await lab.ticks(guest, 2)
         await guest.monitor.execute("stop")
         assert compare_digests(one, await reader.digest()) is not None
     finally:
         reader.close()
-        os.close(fd)
 
 
 async def _digest(guest: GuestProcess) -> MemoryDigest:
-    fd = guest.open_memory(MEMORY)
-    try:
-        return await digest_memory(fd, MEMORY)
-    finally:
-        os.close(fd)
+    return await digest_memory(await locate_memory(guest.monitor, guest.pid, MEMORY))

@@ -24,6 +24,7 @@ from vmferry.model.errors import Failed, WrongInput
 from vmferry.model.vm import DirectBoot, Disk
 from vmferry.qemu.layout import GuestLayout
 from vmferry.qemu.liveness import observe_dead_halt, observe_vcpu_time, wait_vcpus_advance
+from vmferry.qemu.memory_image import digest_memory, locate_memory
 from vmferry.qemu.process import GuestUser, ProcessIdentity, adopt_guest, attach_process
 
 _CLONE_NEWNET = 0x40000000
@@ -169,7 +170,7 @@ async def test_a_guest_runs_without_roots_rights(lab: Lab, open_dir: Path) -> No
     assert "Seccomp:\t2" in status
     guest.set_priority(5)
     assert os.getpriority(os.PRIO_PROCESS, guest.pid) == 5
-    os.close(guest.open_memory(128 * MIB))
+    await digest_memory(await locate_memory(guest.monitor, guest.pid, 128 * MIB))
 
 
 async def test_the_memory_and_the_tap_are_found_in_the_process(lab: Lab) -> None:
@@ -182,11 +183,10 @@ async def test_the_memory_and_the_tap_are_found_in_the_process(lab: Lab) -> None
     stolen = guest.steal_tap("vmftest0")
     assert os.readlink(f"/proc/self/fd/{stolen}") == "/dev/net/tun"
     os.close(stolen)
-    memory = guest.open_memory(128 * MIB)
-    assert os.fstat(memory).st_size == 128 * MIB
-    os.close(memory)
+    memory = await locate_memory(guest.monitor, guest.pid, 128 * MIB)
+    assert memory.private and memory.size_bytes == 128 * MIB
     with pytest.raises(Failed):
-        guest.open_memory(64 * MIB)
+        await locate_memory(guest.monitor, guest.pid, 1 << 50)
     with pytest.raises(Failed):
         guest.steal_tap("another0")
 

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import ctypes
+import mmap
 import os
-from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from vmferry.model.errors import Refused
+from vmferry.model.errors import Failed, Refused
 from vmferry.qemu.blocks import read_mirror
 from vmferry.qemu.cpu import CpuFeatures, choose_cpu_model, compare_cpu
 from vmferry.qemu.features import CpuModel, MachineType, QemuFeatures, resolve_machine
-from vmferry.qemu.memory_image import CHUNK_BYTES, compare_digests, digest_memory
+from vmferry.qemu.memory_image import (
+    CHUNK_BYTES,
+    MemoryReader,
+    compare_digests,
+    digest_memory,
+    find_place,
+    observe_used_bytes,
+)
 from vmferry.qemu.memory_stream import StreamSettings, read_sample, tcp_uri
 from vmferry.qemu.monitor import _merge
 
@@ -99,44 +109,79 @@ def test_small_things() -> None:
     assert StreamSettings(postcopy=True, multifd_channels=4).channels == 0
 
 
-@pytest.fixture
-def memory() -> Iterator[int]:
-    fd = os.memfd_create("test")
-    yield fd
-    os.close(fd)
+class Memory:
+    """Some memory of this process, as a guest's is in its QEMU: page-aligned, private, at first never used."""
+
+    def __init__(self, size: int, flags: int = mmap.MAP_PRIVATE) -> None:
+        self.bytes = mmap.mmap(-1, size, flags=flags | mmap.MAP_ANONYMOUS)
+        first = ctypes.c_char.from_buffer(self.bytes)
+        self.place = find_place(os.getpid(), ctypes.addressof(first), size)
+        del first
 
 
-async def test_holes_and_zeros_have_the_same_digest(memory: int) -> None:
-    size = 5 * MIB + 4096
-    os.ftruncate(memory, size)
-    empty = await digest_memory(memory, size)
-    os.pwrite(memory, bytes(2 * MIB), MIB)
-    os.pwrite(memory, bytes(4096), 5 * MIB)
-    assert os.fstat(memory).st_blocks > 0
-    assert await digest_memory(memory, size) == empty
-    assert compare_digests(empty, await digest_memory(memory, size, threads=1)) is None
+def test_memory_is_found_only_as_a_whole() -> None:
+    memory = Memory(4 * MIB)
+    place = memory.place
+    assert (place.pid, place.size_bytes, place.private) == (os.getpid(), 4 * MIB, True)
+    assert not Memory(MIB, mmap.MAP_SHARED).place.private
+    with pytest.raises(Failed, match="memory was not found"):
+        find_place(os.getpid(), 0x1000, 4 * MIB)
+    with pytest.raises(Failed, match="memory was not found"):
+        find_place(2**22 + 1, place.address, MIB)
 
 
-async def test_reading_makes_no_pages(memory: int) -> None:
-    os.ftruncate(memory, 64 * MIB)
-    os.pwrite(memory, b"x", 10 * MIB + 5)
-    before = os.fstat(memory).st_blocks
-    await digest_memory(memory, 64 * MIB)
-    assert os.fstat(memory).st_blocks == before
+async def test_memory_never_used_and_zeros_have_the_same_digest() -> None:
+    memory = Memory(5 * MIB + 4096)
+    empty = await digest_memory(memory.place)
+    memory.bytes[MIB : 3 * MIB] = bytes(2 * MIB)
+    memory.bytes[5 * MIB :] = bytes(4096)
+    assert observe_used_bytes(memory.place) >= 2 * MIB
+    assert await digest_memory(memory.place) == empty
+    assert compare_digests(empty, await digest_memory(memory.place, threads=1)) is None
+
+
+async def test_shared_memory_has_the_same_digest() -> None:
+    one, other = Memory(3 * MIB), Memory(3 * MIB, mmap.MAP_SHARED)
+    for memory in (one, other):
+        memory.bytes[2 * MIB + 5] = 7
+    assert await digest_memory(one.place) == await digest_memory(other.place)
+
+
+async def test_reading_makes_no_pages() -> None:
+    memory = Memory(64 * MIB)
+    memory.bytes[10 * MIB + 5] = 1
+    before = observe_used_bytes(memory.place)
+    assert 0 < before <= 4 * MIB
+    await digest_memory(memory.place)
+    assert observe_used_bytes(memory.place) == before
 
 
 @pytest.mark.parametrize("offset", [0, CHUNK_BYTES - 1, CHUNK_BYTES, 33 * MIB + 7, 40 * MIB - 1])
-async def test_one_byte_makes_a_difference_and_is_found(memory: int, offset: int) -> None:
-    size = 40 * MIB
-    os.ftruncate(memory, size)
-    os.pwrite(memory, os.urandom(MIB), 3 * MIB)
-    before = await digest_memory(memory, size)
-    os.pwrite(memory, bytes([os.pread(memory, 1, offset)[0] ^ 1]), offset)
-    after = await digest_memory(memory, size)
+async def test_one_byte_makes_a_difference_and_is_found(offset: int) -> None:
+    memory = Memory(40 * MIB)
+    memory.bytes[3 * MIB : 4 * MIB] = os.urandom(MIB)
+    before = await digest_memory(memory.place)
+    memory.bytes[offset] ^= 1
+    after = await digest_memory(memory.place)
     assert before.hex != after.hex
     assert compare_digests(before, after) == offset // CHUNK_BYTES * CHUNK_BYTES
 
 
-async def test_memories_of_different_size_differ(memory: int) -> None:
-    os.ftruncate(memory, 2 * MIB)
-    assert compare_digests(await digest_memory(memory, MIB), await digest_memory(memory, 2 * MIB)) == MIB
+async def test_memories_of_different_size_differ() -> None:
+    assert compare_digests(await digest_memory(Memory(MIB).place), await digest_memory(Memory(2 * MIB).place)) == MIB
+
+
+async def test_the_memory_of_a_process_that_has_ended_cannot_be_read() -> None:
+    process = await asyncio.create_subprocess_exec("sleep", "60")
+    try:
+        lines = [line.split() for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines()]
+        start, end = (int(bound, 16) for bound in next(line[0] for line in lines if line[1] == "rw-p").split("-"))
+        reader = MemoryReader(find_place(process.pid, start, end - start))
+    finally:
+        process.kill()
+        await process.wait()
+    try:
+        with pytest.raises(Failed, match="its process has ended"):
+            await reader.digest()
+    finally:
+        reader.close()
