@@ -41,6 +41,7 @@ _LEAST_LIMIT_MS = 20
 _SMALLEST_RATE = 1 << 20
 _QUIET_BYTES_PER_S = 8_000_000  # two pages a millisecond, which is what a short pass lasts
 _FREE_S = 0.008  # multifd writes packets of up to 512 KiB: there is one more often than not
+_UNSENT_S = 0.001
 _CROWDED_S = 0.3
 _CROWDED_LATE_S = 0.1
 _LONG_PASS_S = 1.0
@@ -98,9 +99,12 @@ class MemoryCopy:
                     return
                 sample = await self._look(stall_s)
                 self._note_pass(sample)
-                ready = await rest_is_ready(self._is_near(sample))
+                near = self._is_near(sample)
+                if near:
+                    await self._keep_queues_short()
+                ready = await rest_is_ready(near)
                 advised = bool(self._passes) and ready and await self._advised()
-                if advised and await self._is_way_free():
+                if advised and self._is_way_free():
                     return  # a pass that is being held is let go at the last moment: its end is what is waited for
                 await self._hold(ready and not (advised and self._is_quiet()))
 
@@ -229,14 +233,12 @@ class MemoryCopy:
         carried = int(first.rate * (now_ms - first.at_ms) / 1000)
         return (replace(first, remaining_bytes=min(first.remaining_bytes, carried)),)
 
-    async def _is_way_free(self) -> bool:
+    def _is_way_free(self) -> bool:
         """Whether what was sent has nearly all arrived: what is in the way would arrive before the guest's state.
 
         Sockets take many milliseconds' worth of a pass at once. Most of it goes in the short passes that follow; a
         guest that writes as fast as the network carries keeps it full, and is not waited for any longer then.
         """
-        if self._queues is None:
-            self._queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
         now = time.monotonic()
         if self._queued_s() <= _FREE_S:
             self._crowded_since = 0.0
@@ -245,6 +247,12 @@ class MemoryCopy:
             return True
         self._crowded_since = self._crowded_since or now
         return False
+
+    async def _keep_queues_short(self) -> None:
+        """What waits in QEMU's sockets arrives before all that the switchover sends, also before the disks' flush."""
+        if self._queues is None:
+            self._queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
+        self._queues.keep_short(int(max(self._rate, _SMALLEST_RATE) * _UNSENT_S))
 
     def _queued_s(self) -> float:
         """How long what QEMU has written takes to arrive."""

@@ -12,6 +12,7 @@ from vmferry.qemu.process import GuestProcess
 
 _INT = struct.Struct("@i")
 _TCP_INFO = 11
+_TCP_NOTSENT_LOWAT = 25
 # struct tcp_info of linux/tcp.h: tcpi_bytes_acked is the u64 at 120, since Linux 4.1.
 _BYTES_ACKED = struct.Struct("@120xQ")
 
@@ -45,6 +46,14 @@ class SendQueues:
             (waiting,) = _INT.unpack(fcntl.ioctl(sock, _SIOCOUTQ, bytes(_INT.size)))
             total += waiting
         return total
+
+    def keep_short(self, unsent_bytes: int) -> None:
+        """From now on the process waits while more than that is written and not even sent (TCP_NOTSENT_LOWAT).
+
+        What is sent already is little, too: the kernel gives a network device a few packets of a connection at a time.
+        """
+        for sock in self._sockets:
+            sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, unsent_bytes)
 
     def close(self) -> None:
         for sock in self._sockets:
