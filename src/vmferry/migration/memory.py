@@ -152,12 +152,14 @@ class MemoryCopy:
 
     def _watch_pace(self, sample: MemorySample, now: float) -> None:
         number, remaining, at = self._seen
-        if number == sample.dirty_sync_count and now > at:
+        if number != sample.dirty_sync_count:
+            self._pace = 0.0  # the first pass has most of the zeros
+        elif now > at:
             self._pace = max(self._pace, (remaining - sample.remaining_bytes) / (now - at))
         self._seen = (sample.dirty_sync_count, sample.remaining_bytes, now)
 
     def _left_s(self, sample: MemorySample) -> float:
-        """What is left of the present pass, in seconds, at the best pace seen: zeros pass many times faster."""
+        """What is left of the present pass, in seconds, at the best pace seen in it: zeros pass many times faster."""
         return sample.remaining_bytes / max(self._pace, self._rate, _SMALLEST_RATE)
 
     def _is_near(self, sample: MemorySample) -> bool:
@@ -181,8 +183,12 @@ class MemoryCopy:
         return dirty_rate(tuple(self._passes[:2]), self._goal) < _QUIET_BYTES_PER_S
 
     async def _hold(self, ready: bool) -> None:
-        """Keeps a pass from ending while not all is ready: an idle guest would be stopped at its end."""
-        if self._ending and not ready and not self._held:
+        """Keeps a pass from ending while not all is ready: an idle guest would be stopped at its end.
+
+        A hold costs up to 0.1 s (QEMU's window). A guest that was seen to write much is not stopped, and not held.
+        """
+        may_stop = len(self._passes) < 2 or self._is_quiet()
+        if self._ending and not ready and may_stop and not self._held:
             self._held = True
             await set_bandwidth(self._guest.monitor, _HOLD_BYTES_PER_S)
         elif self._held and ready:
