@@ -445,6 +445,24 @@ async def test_what_waits_in_the_sockets_is_told(lab: Lab) -> None:
         await cancel(guest.monitor)
 
 
+async def test_queues_are_kept_short(lab: Lab) -> None:
+    guest = await lab.work_guest("a", pages_per_tick=2000)
+    await prepare_source(guest.monitor, StreamSettings(postcopy=True))
+    with socket.create_server((HOST, 0)) as server:
+        port = server.getsockname()[1]
+        await start_outgoing(guest.monitor, HOST, port)
+        connection, _ = await asyncio.to_thread(server.accept)
+        connection.settimeout(10)
+        with connection, connection.makefile("rb") as arriving:
+            queues = SendQueues(guest, port)
+            queues.keep_short(64 << 10)
+            assert len(await asyncio.to_thread(arriving.read, 2 * MIB)) == 2 * MIB
+            await asyncio.sleep(0.3)  # as much as it will ever write, with nobody reading
+            assert 0 < queues.waiting_bytes() < 384 << 10
+            queues.close()
+        await cancel(guest.monitor)
+
+
 async def test_accepted_connections_send_at_once(lab: Lab) -> None:
     target = await lab.start(lab.layout("target", make_spec(lab.root / "none"), twin=True, incoming=True))
     port = await prepare_incoming(target.monitor, HOST, StreamSettings())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import decimal
 import os
 import socket
 import ssl
@@ -208,6 +210,20 @@ def test_keys_are_for_their_owner_only(host1: Path, host2: Path) -> None:
     assert (mode_of(host1 / "stream"), (host1 / "stream").stat().st_gid) == (0o750, 12345)
     leftovers = [path for path in host1.rglob("*") if path.name.startswith(".") or path.name in ("ready", "pending")]
     assert leftovers == []
+
+
+def test_qemu_need_not_make_dh_parameters(host1: Path) -> None:
+    written = pki.stream_dir(host1) / "dh-params.pem"
+    assert mode_of(written) == 0o644
+    body = base64.b64decode("".join(written.read_text().splitlines()[1:-1]))
+    # DER (PKCS #3): a sequence of two integers, the prime and the generator 2.
+    assert body[:4] == bytes([0x30, 0x82]) + (len(body) - 4).to_bytes(2) and body[4:8] == b"\x02\x82\x01\x01"
+    prime = int.from_bytes(body[8 : 8 + 257])
+    assert body[8 + 257 :] == b"\x02\x01\x02"
+    # RFC 7919, A.1: 2^2048 - 2^1984 + {[2^1918 * e] + 560316} * 2^64 - 1. A safe prime: its half is one, too.
+    with decimal.localcontext(prec=700):
+        e = decimal.Decimal(1).exp()
+        assert prime == 2**2048 - 2**1984 + (int(e * 2**1918) + 560316) * 2**64 - 1
 
 
 def test_renewal(host1: Path, host2: Path) -> None:
