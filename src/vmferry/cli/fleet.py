@@ -104,12 +104,17 @@ def only_client(session: Session, name: str | None) -> HostClient:
 
 
 def gather(session: Session, question: Callable[[HostClient], tuple[T, ...]]) -> list[T]:
-    """What all hosts have. Those that do not answer are said on stderr; raises the error if none answers."""
+    """What all hosts have. Those that do not answer are said on stderr.
+
+    Raises the error if none answers, and also if the others have nothing: it may all be on the silent ones.
+    """
     answers = ask_all(select(session), question)
-    if all(answer.error for answer in answers):
-        raise _worst(answers)
+    found = [item for answer in answers for item in answer.value or ()]
+    silent = [answer for answer in answers if answer.error]
+    if silent and not found:
+        raise _worst(silent)
     _say_silent(answers)
-    return [item for answer in answers for item in answer.value or ()]
+    return found
 
 
 def _worst(answers: Sequence[Answer[T]]) -> VmferryError:

@@ -10,7 +10,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from datetime import UTC, datetime
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -148,11 +147,13 @@ class _Picture:
     def __init__(self, first: MigrationView) -> None:
         from rich.live import Live
 
+        from vmferry.cli.live import elapsed_ms
+
         self._view = first
         self._notice = ""
         self._disk_rates: deque[int] = deque(maxlen=_REMEMBERED_RATES)
         self._memory_rates: deque[int] = deque(maxlen=_REMEMBERED_RATES)
-        self._behind_ms = _since(first.started_at)
+        self._behind_ms = elapsed_ms(first.started_at)
         self._began = time.monotonic()
         self._live = Live(
             get_renderable=self._draw, console=console(), refresh_per_second=_FRAMES_PER_S, redirect_stdout=False
@@ -186,14 +187,6 @@ class _Picture:
             elapsed = view.total_ms
         rates = tuple(self._disk_rates), tuple(self._memory_rates)
         return draw(Frame(view, elapsed, *rates, self._notice), console().width)
-
-
-def _since(started_at: str) -> float:
-    """Milliseconds since then by this machine's clock; 0 where that makes no sense."""
-    try:
-        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started_at)).total_seconds() * 1000)
-    except (ValueError, TypeError):
-        return 0.0
 
 
 def conclude(session: Session, client: HostClient, view: MigrationView) -> int:
@@ -233,6 +226,7 @@ def _refuse(session: Session, client: HostClient, view: MigrationView, error: Re
         from vmferry.cli.check_view import show_check
 
         show_check(check)
+        error = Refused(error.code, f"{view.vm} stays on {view.source}: see above what is in the way.")
     return _fail(session, error, {"check": check})
 
 

@@ -1,12 +1,13 @@
 """The picture of a running migration: phases, bars, rates, what is left. One frame is a pure function of what is known.
 
-For `follow` only. It draws; it asks nobody and knows no clock.
+For `follow` and `migration_view`. It draws; it asks nobody, and but for `elapsed_ms` it knows no clock.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -32,6 +33,14 @@ class Frame:
     disk_rates: tuple[int, ...] = ()
     memory_rates: tuple[int, ...] = ()
     notice: str = ""
+
+
+def elapsed_ms(started_at: str) -> float:
+    """Milliseconds since then by this machine's clock; 0 where that makes no sense."""
+    try:
+        return max(0.0, (datetime.now(UTC) - datetime.fromisoformat(started_at)).total_seconds() * 1000)
+    except (ValueError, TypeError):
+        return 0.0
 
 
 def draw(frame: Frame, width: int) -> RenderableType:

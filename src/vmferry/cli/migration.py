@@ -12,6 +12,7 @@ from vmferry.cli.session import Session
 
 if TYPE_CHECKING:
     from vmferry.cli.fleet import Record
+    from vmferry.model.errors import NotFound
     from vmferry.model.migration import MigrationView
     from vmferry.model.receipt import Receipt
 
@@ -144,7 +145,21 @@ def _receipt(records: list[Record], migration_id: str) -> tuple[Record, Receipt]
             return record, record.client.receipt(migration_id)
         except NotFound:
             continue
-    return records[-1], records[-1].client.receipt(migration_id)
+    try:
+        return records[-1], records[-1].client.receipt(migration_id)
+    except NotFound as error:
+        raise _no_receipt(records[0].view) from error
+
+
+def _no_receipt(view: MigrationView) -> NotFound:
+    from vmferry.model.errors import NotFound
+    from vmferry.model.migration import Outcome
+
+    if view.outcome is Outcome.RUNNING:
+        why, fix = f"{view.id} is under way ({view.phase.value}).", f"Follow it: vmferry migration watch {view.id}."
+    else:
+        why, fix = f"{view.id} ended otherwise: {view.outcome.value}.", f"Why: vmferry migration show {view.id}."
+    return NotFound("no-receipt", f"{why} Only a completed migration has a receipt.", fix)
 
 
 def _show(session: Session, view: MigrationView) -> None:

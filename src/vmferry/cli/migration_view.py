@@ -8,7 +8,7 @@ from rich.text import Text
 
 from vmferry.cli.check_view import format_range
 from vmferry.cli.display import console, facts, line, mark, show, table, text
-from vmferry.cli.live import Frame, draw
+from vmferry.cli.live import Frame, draw, elapsed_ms
 from vmferry.model.migration import MigrationView, Outcome
 from vmferry.model.units import format_ms
 
@@ -47,7 +47,7 @@ def _outcome(view: MigrationView) -> Text:
 def show_migration(view: MigrationView) -> None:
     """A migration as it stands now."""
     if view.outcome is Outcome.RUNNING:
-        show(draw(Frame(view, view.total_ms or 0), console().width))
+        show(draw(Frame(view, elapsed_ms(view.started_at)), console().width))
     else:
         line(f"{view.vm}: {view.source} {mark('→', '->')} {view.target}", "bold")
     facts(_facts(view))

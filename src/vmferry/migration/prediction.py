@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vmferry.model.migration import MigrateOptions, PostCopy, Prediction, Range
+from vmferry.model.migration import MigrateOptions, PostCopy, Prediction, Range, Verify
 from vmferry.model.units import format_ms, format_rate
 
-_CHECKED_MS = 700  # rehearsal, probes
-_PREPARED_MS = 500
+_CHECKED_MS = 500  # rehearsal, probes
+_PREPARED_MS = 350
+_FINISHED_MS = 450  # late frames are waited for
 _FIXED_BLACKOUT_MS = 10.0
 _SMALLEST_PASS_MS = 4.0  # two bitmap syncs and the way to the other host
 _MOST_ROUNDS = 30
+_DIGEST_RATE = 2_500_000_000  # bytes of memory a second; both hosts at the same time
 _THROTTLES = range(20, 100, 20)  # convergence's steps; it looks at about four passes with each
 _PASSES_A_THROTTLE = 4
 _POST_COPY_MS = 200.0  # the pages that the guest needs at once come one by one
@@ -36,10 +38,12 @@ def predict(measured: Measured, options: MigrateOptions) -> Prediction:
     rate = _rate(measured, options)
     rounds, copy_ms, floor_ms = _with_throttle(measured, options, rate)
     post_copy = options.post_copy is PostCopy.ALLOW and floor_ms > _most_floor_ms(options)
-    total_ms = _CHECKED_MS + _PREPARED_MS + measured.disk_bytes / rate * 1000 + copy_ms
+    total_ms = _CHECKED_MS + _PREPARED_MS + _FINISHED_MS + measured.disk_bytes / rate * 1000 + copy_ms
     if post_copy:
         total_ms, floor_ms = total_ms + floor_ms, min(floor_ms, _POST_COPY_MS)
     blackout_ms = floor_ms + _FIXED_BLACKOUT_MS
+    if options.verify is Verify.ALL:
+        blackout_ms += measured.memory_bytes / _DIGEST_RATE * 1000
     met = post_copy or floor_ms <= _most_floor_ms(options)
     feasible, reason = _feasible(measured, options, met, blackout_ms, total_ms)
     return Prediction(

@@ -27,7 +27,7 @@ from recorded import (
 )
 
 from vmferry.api.codec import encode
-from vmferry.model.errors import Conflict, Failed, OutcomeUnknown
+from vmferry.model.errors import Conflict, Failed, NotFound, OutcomeUnknown
 from vmferry.model.migration import MigrationView, Outcome, Phase, Reason, Role
 
 Hosts = list[RecordedHost]
@@ -59,6 +59,14 @@ def test_lists_are_of_all_hosts_and_silent_ones_are_said(hosts: Hosts, run: Run,
     assert "web1" in shown.out and "db1" in shown.out and shown.err == ""
     narrowed = run("vm", "list", "--host", "host2", "--json")
     assert [view["host"] for view in narrowed.document] == ["host2"]
+
+
+def test_an_empty_list_is_an_error_while_a_host_is_silent(hosts: Hosts, run: Run, tmp_path: Path) -> None:
+    for host in hosts:
+        host.on("GET", "/v1/vms", [])
+    assert run("vm", "list", "--json").out.strip() == "[]"
+    done = run("vm", "list", "--json", "--config", str(tmp_path / "three.toml"))
+    assert done.status == 1 and "host3" in done.err
 
 
 def test_a_list_without_any_answer_is_an_error(run: Run, tmp_path: Path) -> None:
@@ -297,6 +305,16 @@ def test_migrations_are_listed_once(hosts: Hosts, run: Run) -> None:
     done = run("migration", "list", "--json")
     assert [(view["id"], view["role"]) for view in done.document] == [("m-1", "source"), (ID, "source")]
     assert ID in run("migration", "list").out
+
+
+@pytest.mark.parametrize(
+    ("view", "why"), [(RUNNING, "is under way"), (ended(Outcome.FAILED, "link-lost"), "ended otherwise: failed")]
+)
+def test_only_a_completed_migration_has_a_receipt(hosts: Hosts, run: Run, view: MigrationView, why: str) -> None:
+    missing = NotFound("no-document", "Migration has no receipt document.", "Did it get that far?")
+    hosts[0].on("GET", f"/v1/migrations/{ID}", view).on("GET", f"/v1/migrations/{ID}/receipt", missing)
+    done = run("migration", "receipt", ID)
+    assert done.status == 1 and why in done.err and "vmferry migration" in done.err
 
 
 def test_a_receipt_and_its_signature(hosts: Hosts, run: Run) -> None:

@@ -9,7 +9,7 @@ from simulated_guest import Guest, copy
 
 from vmferry.migration.convergence import Goal, Step
 from vmferry.migration.prediction import Measured, predict
-from vmferry.model.migration import MigrateOptions, PostCopy
+from vmferry.model.migration import MigrateOptions, PostCopy, Verify
 
 MIB = 1 << 20
 LINK = 110 * MIB
@@ -57,6 +57,13 @@ def test_post_copy_makes_it_possible() -> None:
     assert expected.blackout_ms.high < 1000
     kept = predict(measured(), MigrateOptions(post_copy=PostCopy.ALLOW))
     assert kept == predict(measured(), MigrateOptions())
+
+
+def test_comparing_the_memory_is_counted() -> None:
+    plain, proven = (
+        predict(measured(memory=2048), MigrateOptions(verify=verify)) for verify in (Verify.DISKS, Verify.ALL)
+    )
+    assert proven.blackout_ms.high > plain.blackout_ms.high + 500 and proven.feasible
 
 
 def test_a_deadline_that_cannot_be_met_is_refused() -> None:
