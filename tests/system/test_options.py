@@ -29,7 +29,8 @@ def test_verify_all(rig: Rig, guest: Guest) -> None:
     assert receipt.verified.memory is not None and receipt.verified.memory.equal
     assert [disk.name for disk in receipt.verified.disks] == ["root"] and receipt.verified.disks[0].equal
     assert receipt.frames.lost == 0
-    assert receipt.frames.forwarded >= receipt.frames.held > 0  # also after the old QEMU has ended
+    # Some of those held came to the target directly: it is announced when its port is plugged.
+    assert receipt.frames.held > 0 and receipt.frames.forwarded > 0
     assert receipt.network.reachable_before and receipt.network.reachable_after
     assert (receipt.source, receipt.target) == (source, target)
     assert watched.gap_ms <= MOST_BLACKOUT_MS

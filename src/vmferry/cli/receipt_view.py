@@ -50,7 +50,7 @@ def _short(receipt: Receipt) -> Facts:
     yield "sent", sent + (f", {format_size(reused)} were there already" if reused else "")
     frames = receipt.frames
     lost = text(f"{frames.lost} lost", "green" if frames.lost == 0 else "bold red")
-    yield "frames", text(f"{frames.forwarded} sent on by the source ({frames.held} waited for the guest), ") + lost
+    yield "frames", text(f"{frames.held} waited for the guest, {frames.forwarded} sent on by the source, ") + lost
     yield from _digests(receipt)
     yield "network", _network(receipt)
 

@@ -26,9 +26,10 @@ class Bytes:
 
 @dataclass(frozen=True, slots=True)
 class Frames:
-    """Frames for the VM's MAC around the blackout: held for the target, forwarded later by the source, lost.
+    """Frames for the VM around the blackout.
 
-    `forwarded` includes those held and the leftovers of the old ring; `lost` counts what the gate could not keep.
+    `held` waited in the target's port for the guest, however they got there. `forwarded` were sent on by the source
+    since its gate closed, broadcasts and what the old guest had not got included. `lost` could not be kept.
     """
 
     held: int

@@ -314,7 +314,7 @@ def test_only_a_completed_migration_has_a_receipt(hosts: Hosts, run: Run, view: 
     missing = NotFound("no-document", "Migration has no receipt document.", "Did it get that far?")
     hosts[0].on("GET", f"/v1/migrations/{ID}", view).on("GET", f"/v1/migrations/{ID}/receipt", missing)
     done = run("migration", "receipt", ID)
-    assert done.status == 1 and why in done.err and "vmferry migration" in done.err
+    assert done.status == 2 and why in done.err and "vmferry migration" in done.err
 
 
 def test_a_receipt_and_its_signature(hosts: Hosts, run: Run) -> None:
