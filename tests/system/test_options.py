@@ -101,6 +101,11 @@ def test_does_not_converge(rig: Rig) -> None:
         checked = rig.on(source).check(busy.name, target, options)
         assert not checked.ok, checked
         assert "goal-not-feasible" in {finding.code for finding in checked.findings}
+        # which is known last: what was prepared meanwhile goes again
+        refused = rig.wait_end(source, rig.on(source).migrate(busy.name, target, options).id)
+        assert refused.outcome is Outcome.FAILED and refused.reason is not None and refused.reason.code == "refused"
+        rig.require_alive(busy, source)
+        rig.require_clean()
     finally:
         for name in (source, target):
             faults.slow_link(rig.host(name), rig.layout.link_bps)
