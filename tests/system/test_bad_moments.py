@@ -100,3 +100,4 @@ def test_the_network_is_gone_while_the_guest_waits_for_its_memory(rig: Rig) -> N
         rig.require_unharmed(busy)
     finally:
         faults.slow_link(rig.host(source), rig.layout.link_bps)
+        rig.forget_guest(busy.name)
