@@ -449,6 +449,7 @@ async def test_queues_are_kept_short(lab: Lab) -> None:
     guest = await lab.work_guest("a", pages_per_tick=2000)
     await prepare_source(guest.monitor, StreamSettings(postcopy=True))
     with socket.create_server((HOST, 0)) as server:
+        server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 64 << 10)  # what it takes is not waiting any more
         port = server.getsockname()[1]
         await start_outgoing(guest.monitor, HOST, port)
         connection, _ = await asyncio.to_thread(server.accept)
@@ -456,8 +457,12 @@ async def test_queues_are_kept_short(lab: Lab) -> None:
         with connection, connection.makefile("rb") as arriving:
             queues = SendQueues(guest, port)
             queues.keep_short(64 << 10)
-            assert len(await asyncio.to_thread(arriving.read, 2 * MIB)) == 2 * MIB
-            await asyncio.sleep(0.3)  # as much as it will ever write, with nobody reading
+            before = queues.waiting_bytes() + MIB  # what was written without a limit, and more
+            assert len(await asyncio.to_thread(arriving.read, before)) == before
+            async with asyncio.timeout(10):
+                while queues.waiting_bytes() == 0:  # noqa: ASYNC110 nobody reads any more, and nobody tells
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.3)  # as much as it will ever write
             assert 0 < queues.waiting_bytes() < 384 << 10
             queues.close()
         await cancel(guest.monitor)
