@@ -84,6 +84,7 @@ class LimitsConfig:
     start_timeout_ms: int
     prepare_timeout_ms: int
     peer_silence_ms: int
+    qemu_silence_ms: int
     disk_stall_ms: int
     memory_stall_ms: int
     switchover_stall_ms: int
@@ -164,6 +165,7 @@ _LIMITS: Table = {
     "start_timeout": Key(duration, "30s", "_ms"),
     "prepare_timeout": Key(duration, "60s", "_ms"),
     "peer_silence": Key(duration, "4500ms", "_ms"),
+    "qemu_silence": Key(duration, "1500ms", "_ms"),
     "disk_stall": Key(duration, "30s", "_ms"),
     "memory_stall": Key(duration, "30s", "_ms"),
     "switchover_stall": Key(duration, "10s", "_ms"),

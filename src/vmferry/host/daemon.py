@@ -270,6 +270,7 @@ def _limits(config: HostConfig) -> EngineLimits:
         request_s=limits.request_timeout_ms / 1000,
         prepare_s=limits.prepare_timeout_ms / 1000,
         start_s=limits.start_timeout_ms / 1000,
+        qemu_silence_s=limits.qemu_silence_ms / 1000,
         disk_stall_s=limits.disk_stall_ms / 1000,
         memory_stall_s=limits.memory_stall_ms / 1000,
         switchover_s=limits.switchover_stall_ms / 1000,

@@ -433,7 +433,9 @@ class PeerSession:
             raise Refused("bad-nonce", "This is no name for a rehearsal.", "")
         if len(self._twins) >= _MOST_TWINS:
             raise Refused("too-many-rehearsals", f"{self._peer} has {len(self._twins)} rehearsals here.", "End one.")
-        twin, ready = await TargetTwin.start(self._incoming.parts, request.spec, self._peer, request.nonce)
+        twin, ready = await TargetTwin.start(
+            self._incoming.parts, request.spec, self._peer, request.streams_from, request.nonce
+        )
         self._twins[request.nonce] = twin
         return ready
 

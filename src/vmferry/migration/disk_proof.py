@@ -28,8 +28,11 @@ from vmferry.qemu.monitor import QmpRefused
 from vmferry.storage.digest import DiskDigests, blank_digests, compare, pack_part, redigest, with_part
 from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
 
-_REFRESH_EVERY_S = 0.15
+# Far from the end nothing is gained by reading often, and each time costs QEMU changes of its block graph, for which
+# its main loop waits until the target has answered the mirrors' writes under way (bdrv_graph_wrlock).
+_REFRESH_EVERY_S = 2.0
 _FRESH_S = 0.12  # what the guest has written since the last reading is read again in the blackout
+_SHORT_S = 0.05  # a reading
 _STEP_BYTES = 32 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20
@@ -119,13 +122,18 @@ class SourceProof:
         self._front_moved = asyncio.Event()
         self._readers: dict[str, DiskReader] = {}
         self._theirs = {name: blank_digests(size) for name, size in self._sizes.items()}
+        self._last: dict[str, asyncio.Task[None]] = {}
         self._round = 0
         self._turn = asyncio.Lock()
+        self._graph = asyncio.Lock()
         self._go = asyncio.Event()
         self._go.set()
+        self._due = asyncio.Event()
         self._all_read = asyncio.Event()
         self._reading = True
         self._read_at = 0.0
+        self._last_took_s = 0.0
+        self._shrinks = False
         self._serving = False
         self.proven = False
 
@@ -158,25 +166,38 @@ class SourceProof:
                     done[name] = front
         self._all_read.set()
         while True:
+            began = time.monotonic()
             async with self._turn:
                 await self._refresh()
             self.proven = True
             self._reading, self._read_at = False, time.monotonic()
-            await asyncio.sleep(_REFRESH_EVERY_S)
+            took_s = self._read_at - began
+            self._shrinks = took_s > _SHORT_S and (not self._last_took_s or took_s < self._last_took_s / 2)
+            self._last_took_s = took_s
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), _REFRESH_EVERY_S)
             await self._go.wait()
+            self._due.clear()
             self._reading = True
 
     def rest(self, wanted: bool) -> bool:
         """Whether nothing is being read and next to nothing is left to be read; to be called again and again.
 
-        While it is wanted no new reading begins, except when the last one is too long ago.
+        While it is wanted no new reading begins, except when the last one is too long ago, or was long and the next
+        one will be shorter.
         """
-        stale = time.monotonic() - self._read_at > _FRESH_S
+        stale = self._shrinks or time.monotonic() - self._read_at > _FRESH_S
+        if self.proven and wanted and stale and not self._reading:
+            self._due.set()
         if self.proven and wanted and not (stale and not self._reading):
             self._go.clear()
         else:
             self._go.set()
         return self.proven and not self._reading and not self._go.is_set()
+
+    def undisturbed(self) -> asyncio.Lock:
+        """To be held while QEMU must not wait for the target: the proof keeps its hands off the block graph."""
+        return self._graph
 
     async def _record(self, name: str, number: int) -> DiskReader:
         node, bitmap = device_node(name), _bitmap(number)
@@ -190,12 +211,13 @@ class SourceProof:
         self._round += 1
         for name in self._disks:
             old = self._readers[name]
-            fresh = await self._record(name, self._round)
-            extents = await old.dirty(_bitmap(self._round - 1))
-            fresh.use(old)
-            self._readers[name] = fresh
-            await old.close()
-            await self._forget(name, self._round - 1)
+            async with self._graph:
+                fresh = await self._record(name, self._round)
+                extents = await old.dirty(_bitmap(self._round - 1))
+                fresh.use(old)
+                self._readers[name] = fresh
+                await old.close()
+                await self._forget(name, self._round - 1)
             await self._read_again(name, extents)
 
     async def _read_again(self, name: str, extents: Sequence[Extent]) -> None:
@@ -206,15 +228,17 @@ class SourceProof:
 
     async def _read(self, name: str, wanted: Sequence[Extent]) -> None:
         """Both sides read these extents and tell the digests."""
-        ours = self._readers[name]
+        await asyncio.gather(self._read_theirs(name, wanted), self._readers[name].redigest(wanted))
+
+    async def _read_theirs(self, name: str, wanted: Sequence[Extent]) -> None:
         flat = tuple(number for extent in wanted for number in (extent.offset, extent.length))
-        request = RedigestDisk(self._migration_id, name, flat)
-        part, _ = await asyncio.gather(self._link.call(request, DiskDigested, _DIGEST_LIMIT_S), ours.redigest(wanted))
+        part = await self._link.call(RedigestDisk(self._migration_id, name, flat), DiskDigested, _DIGEST_LIMIT_S)
         self._theirs[name] = with_part(self._theirs[name], wanted, part.digests)
 
     async def read_last(self) -> None:
-        """The guest is stopped: reads the writes of the last moments again. The mirrors may still be ending.
+        """The guest is stopped, no write is under way: reads those of the last moments again.
 
+        Returns when the source's are read, whose disks may then become inactive; `judge` waits for the target's.
         Waits until everything was read once: QEMU may stop a guest by itself before that, and what was never read
         would pass for equal. The caller limits the time.
         """
@@ -224,12 +248,16 @@ class SourceProof:
             await asyncio.gather(*(self._read_last(name) for name in self._disks))
 
     async def _read_last(self, name: str) -> None:
-        await self._read_again(name, await self._readers[name].dirty(_bitmap(self._round)))
+        ours = self._readers[name]
+        extents = await ours.dirty(_bitmap(self._round))
+        wanted = _merge(extents, compare(ours.digests, self._theirs[name], _MOST_DIFFERENCES), ours.digests.chunk_bytes)
+        if wanted:
+            self._last[name] = asyncio.create_task(self._read_theirs(name, wanted))
+            await ours.redigest(wanted)
 
     async def judge(self) -> None:
-        """After `read_last`, with the mirrors complete: returns if the copies are equal.
+        """After `read_last`, with the mirrors complete and the target's exports open: returns if the copies are equal.
 
-        While the source's disks are still active, that is before the stream goes on: an inactive one cannot be read.
         Raises Failed `disk-differs` with the disk and the first offset.
         """
         await asyncio.gather(*(self._judge(name) for name in self._disks))
@@ -243,10 +271,14 @@ class SourceProof:
         return tuple(found)
 
     async def _judge(self, name: str) -> None:
-        # What was read on the two sides at different moments of a write is read once more, now that nothing writes.
-        await self._read_again(name, ())
-        ours, theirs = self._readers[name].digests, self._theirs[name]
-        differing = compare(ours, theirs)
+        if name in self._last:
+            await self._last[name]
+        ours = self._readers[name].digests
+        # What the two sides read at different moments of a write: the source's is right since the guest stopped.
+        early = compare(ours, self._theirs[name], _MOST_DIFFERENCES)
+        if early:
+            await self._read_theirs(name, _merge((), early, ours.chunk_bytes))
+        differing = compare(ours, self._theirs[name])
         if differing:
             raise Failed(
                 "disk-differs",
@@ -260,6 +292,9 @@ class SourceProof:
 
     async def close(self, *, clear: bool) -> None:
         """Closes the connections; with `clear` the guest's exports and recordings go, too."""
+        for task in self._last.values():
+            task.cancel()
+        await asyncio.gather(*self._last.values(), return_exceptions=True)
         for reader in self._readers.values():
             await reader.close()
         self._readers = {}

@@ -257,12 +257,16 @@ class SourceDisks:
         await proof.open()
         await proof.run()
 
+    def undisturbed(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """While the block runs the proof changes nothing in QEMU's block graph (see `SourceProof.undisturbed`)."""
+        return contextlib.nullcontext() if self._proof is None else self._proof.undisturbed()
+
     def rest_proof(self, wanted: bool) -> bool:
         """Whether everything is proven but the writes of the last moments, and nothing is being read."""
         return self._proof is not None and self._proof.rest(wanted)
 
     async def read_last(self) -> None:
-        """The guest is stopped: the writes of the last moments are read again on both sides."""
+        """The guest is stopped, the mirrors are complete: the writes of the last moments are read again."""
         if self._proof is not None:
             await self._proof.read_last()
 

@@ -48,6 +48,7 @@ class EngineLimits:
     request_s: float
     prepare_s: float
     start_s: float
+    qemu_silence_s: float
     disk_stall_s: float
     memory_stall_s: float
     switchover_s: float

@@ -20,6 +20,7 @@ from vmferry.model.migration import Range
 from vmferry.qemu.connections import SendQueues
 from vmferry.qemu.memory_stream import (
     MemorySample,
+    expect_status,
     observe_migration,
     set_bandwidth,
     set_switchover_limit,
@@ -46,6 +47,7 @@ _CROWDED_S = 0.3
 _CROWDED_LATE_S = 0.1
 _LONG_PASS_S = 1.0
 _BROKEN = "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again."
+_STOPPED = ("pre-switchover", "device", "completed")
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
 
@@ -75,13 +77,29 @@ class MemoryCopy:
         self.rounds = 0
         self.post_copy = False
 
-    async def start(self, host: str, port: int) -> None:
-        """Starts the stream with QEMU's own stop rule switched off."""
+    async def start(self, host: str, port: int, limit_s: float) -> None:
+        """Starts the stream with QEMU's own stop rule switched off; returns when all its connections are made.
+
+        Raises Failed `memory-stalled` if they are not within `limit_s`. That the stream broke off `converge` says.
+        """
         monitor = self._guest.monitor
         self._port = port
         await set_switchover_limit(monitor, 1, 1000)  # 1 ms at 1000 B/s: one byte
-        self._began = self._moved_at = time.monotonic()
-        await start_outgoing(monitor, host, port)
+        made = expect_status(monitor, "active", "failed", "cancelled")
+        try:
+            async with asyncio.timeout(limit_s):
+                self._began = time.monotonic()
+                await start_outgoing(monitor, host, port)
+                await made
+        except TimeoutError as error:
+            raise Failed(
+                "memory-stalled",
+                f"The memory stream was not ready within {limit_s:g} s.",
+                "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again.",
+            ) from error
+        finally:
+            made.cancel()
+        self._moved_at = time.monotonic()
 
     # -- rounds ------------------------------------------------------------------------------------------------------
 
@@ -98,6 +116,8 @@ class MemoryCopy:
                 if any(_has_stopped(event) for event in happened):
                     return
                 sample = await self._look(stall_s)
+                if sample.status in _STOPPED:
+                    return  # before we listened
                 self._note_pass(sample)
                 near = self._is_near(sample)
                 if near:

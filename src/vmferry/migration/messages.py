@@ -89,6 +89,7 @@ class Rehearse:
 
     spec: VmSpec
     nonce: str
+    streams_from: str  # as in `Prepare`
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +123,7 @@ class Prepare:
     options: MigrateOptions
     source: str
     source_address: str
+    streams_from: str  # memory and disks come from this address: the target's QEMU accepts no other one
     generation: int
     running: bool
 

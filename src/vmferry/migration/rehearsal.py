@@ -20,7 +20,7 @@ from vmferry.model.errors import VmferryError
 from vmferry.model.findings import Finding, Severity
 from vmferry.model.names import stream_name
 from vmferry.model.vm import VmSpec
-from vmferry.qemu.connections import send_at_once
+from vmferry.qemu.connections import prepare_listeners
 from vmferry.qemu.memory_stream import (
     StreamSettings,
     expect_status,
@@ -43,7 +43,9 @@ class TargetTwin:
         self._twin = twin
 
     @classmethod
-    async def start(cls, parts: HostParts, spec: VmSpec, source: str, nonce: str) -> tuple[TargetTwin, RehearsalReady]:
+    async def start(
+        cls, parts: HostParts, spec: VmSpec, source: str, streams_from: str, nonce: str
+    ) -> tuple[TargetTwin, RehearsalReady]:
         """Starts the twin and lets it listen. Raises Failed `guest-start` with QEMU's own words."""
         twin = await build_twin(parts, spec, nonce, incoming=True)
         try:
@@ -55,7 +57,7 @@ class TargetTwin:
                 pause_before_switchover=False,
             )
             port = await prepare_incoming(twin.monitor, parts.address, settings)
-            await asyncio.to_thread(send_at_once, twin.process)
+            await asyncio.to_thread(prepare_listeners, twin.process, (streams_from,))
         except BaseException:
             await asyncio.shield(dismantle(parts, twin))
             raise
@@ -93,7 +95,7 @@ async def rehearse(parts: HostParts, link: PeerLink, spec: VmSpec) -> Finding:
     nonce = secrets.token_hex(8)
     starting = asyncio.create_task(build_twin(parts, spec, nonce, incoming=False))
     try:
-        ready = await link.call(Rehearse(spec, nonce), RehearsalReady, _LIMIT_S)
+        ready = await link.call(Rehearse(spec, nonce, link.local_address), RehearsalReady, _LIMIT_S)
     except VmferryError as error:
         await _end_own(parts, starting)
         return _failed(link.peer, f"{link.peer} could not build the same machine: {error.message}")

@@ -51,6 +51,8 @@ from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.3
 _POST_COPY_LOOK_S = 0.2
+_PULSE_EVERY_S = 0.5
+_SECOND_LOOK_S = 0.5
 _CARRYING_NICE = -10
 _SLOW_DIGEST_RATE = 1 << 30  # bytes of guest memory a second that even a busy host can hash
 T = TypeVar("T")
@@ -102,6 +104,7 @@ class SourceMigration:
     _standing_by: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[Prepared] | None = None
     _committed: bool = False
+    _switching: bool = False
 
     @property
     def committed(self) -> bool:
@@ -202,6 +205,7 @@ class SourceMigration:
             options=self.options,
             source=self.parts.name,
             source_address=self.parts.address,
+            streams_from=self.link.local_address,
             generation=record.generation,
             running=self.was_running,
         )
@@ -266,13 +270,17 @@ class SourceMigration:
             await prepare_source(monitor, settings)
             await set_throttle(monitor, 1, 1, 1)  # none to speak of, until `convergence` asks for more
             switchover.timeline.mark("memory started")
-            await memory.start(self.link.peer_address, prepared.memory_port)
+            # The target's QEMU does nothing else while it waits for our first bytes on a new connection (a blocking TLS
+            # handshake), and ours sends none while it waits for the target to answer a disk's write: together for ever.
+            async with _require(self._disks).undisturbed():
+                await memory.start(self.link.peer_address, prepared.memory_port, self.parts.limits.memory_stall_s)
             await memory.converge(self._rest_is_ready, self.parts.limits.memory_stall_s)
             self.events.phase(Phase.SWITCHOVER)
             # Now: the target ends these connections before anybody has time to look at them.
             self.measured.disk_bytes = await asyncio.to_thread(_require(self._disks).sent_bytes)
             # QEMU flushes its images when the guest has stopped: what is written out by then is quick.
             writing_out = asyncio.create_task(sync_images(self.guest.spec))
+            self._switching = True
             await memory.switch(switchover, self.parts.limits.memory_stall_s)
         except BaseException:
             switchover.disarm()
@@ -490,6 +498,7 @@ class SourceMigration:
 
         watchers = [asyncio.create_task(watch(self._guest_ended())), asyncio.create_task(watch(self._link_lost()))]
         watchers.append(asyncio.create_task(watch(self._mirror_broken())))
+        watchers.append(asyncio.create_task(watch(self._qemu_silent())))
         try:
             yield
         except asyncio.CancelledError:
@@ -508,6 +517,29 @@ class SourceMigration:
 
     async def _link_lost(self) -> VmferryError:
         return await self.link.wait_lost()
+
+    async def _qemu_silent(self) -> VmferryError:
+        """Up to the switchover, which has a limit of its own. A guest whose QEMU hangs does not get far either."""
+        limit_s = self.parts.limits.qemu_silence_s
+        while True:
+            await asyncio.sleep(_PULSE_EVERY_S)
+            if self._switching or await self._answers(limit_s):
+                continue
+            # Once more: if it was us who stood still, the answer has been here for long.
+            if not self._switching and not await self._answers(_SECOND_LOOK_S):
+                return Failed(
+                    "qemu-silent",
+                    f"The guest's QEMU did not answer for {limit_s:g} s.",
+                    "It waits for the target or for its own disk: look at the migration network and at both pools.",
+                )
+
+    async def _answers(self, within_s: float) -> bool:
+        try:
+            async with asyncio.timeout(within_s):
+                await self.guest.monitor.execute("query-status")
+        except TimeoutError:
+            return False
+        return True
 
     async def _mirror_broken(self) -> VmferryError:
         while True:

@@ -128,7 +128,7 @@ class Switchover:
             await self._wait_for_stop()
         async with self.limited():
             await self._complete_disks()
-        self._end_exports()
+            await self._compare_disks()
 
     async def start_post_copy(self) -> None:
         """Post-copy, with the handoff written: the target gets the state and may run; memory follows on demand."""
@@ -183,7 +183,16 @@ class Switchover:
     async def _transfer(self) -> Loaded:
         await self._complete_disks()
         await continue_switchover(self.guest.monitor)
-        self._end_exports()
+        comparing = asyncio.create_task(self._compare_disks())
+        comparing.add_done_callback(_look_at)
+        try:
+            loaded = await self._wait_for_load()
+            await comparing
+        finally:
+            comparing.cancel()
+        return loaded
+
+    async def _wait_for_load(self) -> Loaded:
         # The target's word is enough, and a millisecond earlier than that of our own QEMU.
         either: list[asyncio.Future[Any]] = [self.loaded, self.completed]
         await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -205,9 +214,10 @@ class Switchover:
     async def _complete_disks(self) -> None:
         """The memory's last pages are sent meanwhile; QEMU then waits for us at pre-switchover."""
         mark = self.timeline.mark
-        last_writes = asyncio.create_task(self.disks.read_last()) if self.verify_disks else None
-        draining = asyncio.create_task(self._drain())
-        draining.add_done_callback(_look_at)
+        # QEMU answers neither before it has stopped the guest for good and flushed its disks (vm_stop).
+        parts = [asyncio.create_task(self._drain()), asyncio.create_task(self._end_mirrors())]
+        for part in parts:
+            part.add_done_callback(_look_at)
         try:
             waiting = await self.waiting
             if waiting.data["status"] != "pre-switchover":
@@ -215,17 +225,24 @@ class Switchover:
             mark("memory sent", waiting.at_ns)
             if self.verify_memory is not None:
                 self._memory_here = asyncio.create_task(self.verify_memory.digest())
-            await self.disks.complete()
-            mark("disks complete")
-            await draining
-            if last_writes is not None:
-                await last_writes
-                await self.disks.compare()
-                mark("disks compared")
+            await asyncio.gather(*parts)
         finally:
-            draining.cancel()
-            if last_writes is not None:
-                last_writes.cancel()
+            for part in parts:
+                part.cancel()
+
+    async def _end_mirrors(self) -> None:
+        await self.disks.complete()
+        self.timeline.mark("disks complete")
+        if self.verify_disks:  # not before: a last write that was under way at the stop may come until then
+            await self.disks.read_last()
+            self.timeline.mark("disks read")
+
+    async def _compare_disks(self) -> None:
+        """While the target loads the state; its exports are ended ahead of their time when they are not needed more."""
+        if self.verify_disks:
+            await self.disks.compare()
+            self.timeline.mark("disks compared")
+        self._end_exports()
 
     async def _drain(self) -> None:
         """Every frame that the guest did not get here goes to the target."""

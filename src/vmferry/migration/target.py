@@ -46,7 +46,7 @@ from vmferry.model.errors import Conflict, Failed, VmferryError, WrongInput
 from vmferry.model.migration import PostCopy, Role, Verify
 from vmferry.model.names import require_name
 from vmferry.network.ports import Port
-from vmferry.qemu.connections import send_at_once
+from vmferry.qemu.connections import prepare_listeners
 from vmferry.qemu.liveness import wait_vcpus_advance
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, expect_status, observe_migration, prepare_incoming
@@ -195,7 +195,8 @@ class TargetMigration:
             validate_uuid=True,
         )
         memory_port = await prepare_incoming(monitor, self._parts.address, settings)
-        await asyncio.to_thread(send_at_once, self.guest.process)
+        allowed = (self._request.streams_from, self._parts.address)  # our own: the proof of the disks
+        await asyncio.to_thread(prepare_listeners, self.guest.process, allowed)
         mtus = [nic.mtu for nic in spec.nics]
         self._gates = TargetGates(self._parts, self.record.id, self.guest.ports, mtus, self._request.source_address)
         await self._gates.prepare()

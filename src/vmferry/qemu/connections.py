@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import fcntl
+import ipaddress
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from vmferry.model.errors import Failed
+from vmferry.model.errors import Failed, WrongInput
 from vmferry.qemu.process import GuestProcess
 
 _INT = struct.Struct("@i")
@@ -16,6 +18,11 @@ _TCP_NOTSENT_LOWAT = 25
 # struct tcp_info of linux/tcp.h: tcpi_bytes_acked is the u64 at 120, since Linux 4.1.
 _BYTES_ACKED = struct.Struct("@120xQ")
 
+_SO_ATTACH_FILTER = 26
+_INSTRUCTION = struct.Struct("=HBBI")
+_LOAD_BYTE, _LOAD_WORD, _SHIFT_RIGHT, _EQUAL, _RETURN = 0x30, 0x20, 0x74, 0x15, 0x06
+_NETWORK = 0xFFF00000  # SKF_NET_OFF: offsets from here count from the IP header
+_WHOLE = 0xFFFFFFFF
 
 _SIOCOUTQ = 0x5411  # tcp(7): bytes in the send queue, sent and not acknowledged ones included
 
@@ -61,17 +68,48 @@ class SendQueues:
         self._sockets = []
 
 
-def send_at_once(process: GuestProcess) -> None:
-    """Small writes on connections that the process accepts from now on are sent at once (TCP_NODELAY is inherited).
+def prepare_listeners(process: GuestProcess, allowed: Sequence[str]) -> None:
+    """The process's TCP listeners answer these addresses only, and what they accept is sent at once. Blocks a moment.
 
-    QEMU leaves its migration sockets as they are, and a TLS server's first flight is several small writes: each
-    handshake then waits 40 ms for the other side's delayed acknowledgement. Blocks for a moment.
+    The first, because QEMU reads a new migration connection's TLS handshake without looking at anything else: whoever
+    connects and says nothing stops it for good, and with it every guest whose disk is mirrored to it.
+
+    The second (TCP_NODELAY is inherited), because a TLS server's first flight is several small writes: each handshake
+    waits 40 ms for the other side's delayed acknowledgement otherwise. Raises WrongInput for what is no address.
     """
+    try:
+        program = compile_source_filter(allowed)
+    except ValueError as error:
+        raise WrongInput("bad-address", f"{error}.", "Is the other host's version known?") from error
     for sock in _sockets(process):
         if sock.family in (socket.AF_INET, socket.AF_INET6) and sock.getsockopt(
             socket.SOL_SOCKET, socket.SO_ACCEPTCONN
         ):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            buffer = ctypes.create_string_buffer(program)
+            count = len(program) // _INSTRUCTION.size
+            sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HL", count, ctypes.addressof(buffer)))
+
+
+def compile_source_filter(allowed: Sequence[str]) -> bytes:
+    """A classic BPF program (linux/filter.h) that drops packets which come from other addresses. Pure.
+
+    Raises ValueError for what is no address.
+    """
+    program: list[tuple[int, int, int, int]] = []
+    for text in allowed:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        words = [int.from_bytes(address.packed[i : i + 4], "big") for i in range(0, len(address.packed), 4)]
+        offset = 12 if address.version == 4 else 8
+        part = [(_LOAD_BYTE, 0, 0, _NETWORK), (_SHIFT_RIGHT, 0, 0, 4), (_EQUAL, 0, 0, address.version)]
+        for number, word in enumerate(words):
+            part += [(_LOAD_WORD, 0, 0, _NETWORK + offset + 4 * number), (_EQUAL, 0, 0, word)]
+        part.append((_RETURN, 0, 0, _WHOLE))
+        for at, (code, yes, no, value) in enumerate(part):
+            behind = len(part) - at - 1  # where a comparison that fails goes on: at the next address
+            program.append((code, yes, behind if code == _EQUAL else no, value))
+    program.append((_RETURN, 0, 0, 0))
+    return b"".join(_INSTRUCTION.pack(*instruction) for instruction in program)
 
 
 def _connections(process: GuestProcess, port: int) -> Iterator[socket.socket]:

@@ -14,7 +14,7 @@ from certificates import TestCa
 from conftest import NIC, Lab, allocated, make_spec, run
 from work_guest import MIB, make_disk
 
-from vmferry.model.errors import Failed
+from vmferry.model.errors import Failed, WrongInput
 from vmferry.model.vm import VmSpec
 from vmferry.qemu.blocks import (
     Mirror,
@@ -36,7 +36,7 @@ from vmferry.qemu.blocks import (
     set_mirror_speed,
     start_mirror,
 )
-from vmferry.qemu.connections import SendQueues, send_at_once
+from vmferry.qemu.connections import SendQueues, prepare_listeners
 from vmferry.qemu.exports import (
     NbdTls,
     export_disk,
@@ -471,7 +471,7 @@ async def test_queues_are_kept_short(lab: Lab) -> None:
 async def test_accepted_connections_send_at_once(lab: Lab) -> None:
     target = await lab.start(lab.layout("target", make_spec(lab.root / "none"), twin=True, incoming=True))
     port = await prepare_incoming(target.monitor, HOST, StreamSettings())
-    send_at_once(target)
+    prepare_listeners(target, (HOST,))
 
     def accepted() -> list[int]:
         found = []
@@ -486,6 +486,21 @@ async def test_accepted_connections_send_at_once(lab: Lab) -> None:
             while not (options := accepted()):  # noqa: ASYNC110 QEMU does not tell
                 await asyncio.sleep(0.01)
     assert all(options)
+
+
+async def test_a_stranger_who_says_nothing_does_not_get_through(lab: Lab) -> None:
+    target = await lab.start(lab.layout("target", make_spec(lab.root / "none"), twin=True, incoming=True))
+    port = await prepare_incoming(target.monitor, HOST, StreamSettings())
+    prepare_listeners(target, ("192.0.2.1", HOST))
+
+    def connect(from_address: str) -> socket.socket:
+        return socket.create_connection((HOST, port), timeout=1, source_address=(from_address, 0))
+
+    with pytest.raises(TimeoutError):
+        await asyncio.to_thread(connect, "127.0.0.77")
+    (await asyncio.to_thread(connect, HOST)).close()
+    with pytest.raises(WrongInput, match="no address"):
+        prepare_listeners(target, ("no address",))
 
 
 @pytest.mark.parametrize("change", ["same", "memory", "machine", "missing-nic"])

@@ -38,6 +38,7 @@ LIMITS = EngineLimits(
     request_s=1,
     prepare_s=5,
     start_s=5,
+    qemu_silence_s=1,
     disk_stall_s=1,
     memory_stall_s=1,
     switchover_s=1,
@@ -252,4 +253,4 @@ def outgoing_record(state: RecordState = RecordState.ACTIVE) -> MigrationRecord:
 
 def prepare_of(migration_id: str = "m-1", spec: VmSpec = SPEC) -> m.Prepare:
     """What a source asks first."""
-    return m.Prepare(migration_id, spec, MigrateOptions(), "host2", "192.0.2.2", spec.generation + 1, True)
+    return m.Prepare(migration_id, spec, MigrateOptions(), "host2", "192.0.2.2", "192.0.2.2", spec.generation + 1, True)

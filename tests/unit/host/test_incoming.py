@@ -265,16 +265,16 @@ def twins(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("nonce", ["", "../x", "a b", "a/b", ".", "a\n", "x,y=z", "a" * 33])
 async def test_a_nonce_that_is_no_name(host: Host, twins: None, nonce: str) -> None:
     """It names a directory, which is removed by root."""
-    assert await code_of(host.incoming.session("host2").handle(m.Rehearse(SPEC, nonce))) == "bad-nonce"
+    assert await code_of(host.incoming.session("host2").handle(m.Rehearse(SPEC, nonce, "127.0.0.1"))) == "bad-nonce"
 
 
 async def test_a_nonce_counts_once_and_twins_are_few(host: Host, twins: None) -> None:
     session = host.incoming.session("host2")
-    await session.handle(m.Rehearse(SPEC, "n0"))
-    assert await code_of(session.handle(m.Rehearse(SPEC, "n0"))) == "bad-nonce"
+    await session.handle(m.Rehearse(SPEC, "n0", "127.0.0.1"))
+    assert await code_of(session.handle(m.Rehearse(SPEC, "n0", "127.0.0.1"))) == "bad-nonce"
     for number in range(1, 8):
-        await session.handle(m.Rehearse(SPEC, f"n{number}"))
-    assert await code_of(session.handle(m.Rehearse(SPEC, "n8"))) == "too-many-rehearsals"
+        await session.handle(m.Rehearse(SPEC, f"n{number}", "127.0.0.1"))
+    assert await code_of(session.handle(m.Rehearse(SPEC, "n8", "127.0.0.1"))) == "too-many-rehearsals"
 
 
 async def test_twins_that_do_not_end_keep_no_migration(host: Host, twins: None) -> None:
@@ -282,7 +282,7 @@ async def test_twins_that_do_not_end_keep_no_migration(host: Host, twins: None) 
     session = host.incoming.session("host2")
     await session.handle(prepare_of())
     for number in range(3):
-        await session.handle(m.Rehearse(SPEC, f"n{number}"))
+        await session.handle(m.Rehearse(SPEC, f"n{number}", "127.0.0.1"))
     with pytest.raises(Failed):
         await session.close()
     await host.until(RecordState.ENDED)
