@@ -82,6 +82,22 @@ def dirty_rate(passes: tuple[PassStart, ...], goal: Goal) -> int:
     return max(goal.dirty_rate, _LEAST_DIRTY_RATE)
 
 
+def lately_dirtied(passes: tuple[PassStart, ...], goal: Goal, window_ms: float = 200.0) -> int:
+    """Bytes a second that the guest has dirtied in the last passes, so many milliseconds or at least one pass of them.
+
+    A single short pass says little of a guest that writes now and then. As `dirty_rate` before there were two. Passes
+    that were too short to be seen count as those that were.
+    """
+    newest = passes[-1].at_ms
+    first = max((i for i, each in enumerate(passes[:-1]) if newest - each.at_ms >= window_ms), default=0)
+    span_ms = newest - passes[first].at_ms
+    if span_ms <= 0:
+        return dirty_rate(passes, goal)
+    seen = [each.remaining_bytes for each in passes[first + 1 :]]
+    happened = passes[-1].number - passes[first].number
+    return int(sum(seen) / len(seen) * happened / span_ms * 1000)
+
+
 def next_pass_ms(passes: tuple[PassStart, ...], goal: Goal) -> float:
     """How long the pass after the present one will take: what the guest dirties during this one."""
     last = passes[-1]

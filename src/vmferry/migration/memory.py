@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
-from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, next_pass_ms
+from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, lately_dirtied, next_pass_ms
 from vmferry.migration.guest import RunningGuest
 from vmferry.migration.switchover import Switchover
 from vmferry.model.errors import Failed
@@ -198,9 +198,11 @@ class MemoryCopy:
     def _is_quiet(self) -> bool:
         """Whether short passes may find nothing left at their end: then QEMU stops the guest, before the gate closes.
 
-        That ends well, too, but costs time.
+        That ends well, too, but costs time. It may have been quiet from the beginning, or have become so.
         """
-        return dirty_rate(tuple(self._passes[:2]), self._goal) < _QUIET_BYTES_PER_S
+        passes = tuple(self._passes)
+        at_first, lately = dirty_rate(passes[:2], self._goal), lately_dirtied(passes, self._goal)
+        return min(at_first, lately) < _QUIET_BYTES_PER_S
 
     async def _hold(self, ready: bool) -> None:
         """Keeps a pass from ending while not all is ready: an idle guest would be stopped at its end.

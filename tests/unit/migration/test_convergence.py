@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from simulated_guest import Guest, copy
 
-from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, next_pass_ms
+from vmferry.migration.convergence import Goal, PassStart, Step, decide, dirty_rate, lately_dirtied, next_pass_ms
 
 MIB = 1 << 20
 LINK = 110 * MIB
@@ -82,6 +82,18 @@ def test_giving_up_says_the_numbers() -> None:
     assert "deadline" in late.why and "300 ms" in late.why
     hopeless = decide(passes_of(5000, *[800] * 6), replace(GOAL, max_slowdown_percent=0), 12_000)
     assert "810 ms" in hopeless.why and "300 ms" in hopeless.why and "deadline" not in hopeless.why
+
+
+def test_what_was_dirtied_lately() -> None:
+    goal = Goal(300, 50, False, dirty_rate=5_000_000)
+    first = PassStart(1, 0.0, 500_000_000, 100_000_000)
+    assert lately_dirtied((first,), goal) == 5_000_000
+    busy = PassStart(2, 1000.0, 40_000_000, 100_000_000)
+    assert lately_dirtied((first, busy), goal) == 40_000_000
+    # It falls asleep: the passes of the last 0.2 s count, also those between that nobody saw.
+    asleep = (PassStart(3, 1400.0, 8_000, 100_000_000), PassStart(7, 1500.0, 4_000, 100_000_000))
+    assert lately_dirtied((first, busy, *asleep), goal) == int((8_000 + 4_000) / 2 * 5 / 0.5)
+    assert lately_dirtied((first, busy, *asleep, PassStart(9, 1650.0, 4_000, 100_000_000)), goal) == 96_000
 
 
 def test_the_dirty_rate_is_the_check_s_until_the_passes_tell() -> None:
