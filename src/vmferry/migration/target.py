@@ -251,7 +251,8 @@ class TargetMigration:
             return Loaded(problem=sample.error_desc or " / ".join(guest.process.log_tail(3)) or "QEMU does not say why")
         self._loaded = True
         self._writing_out = asyncio.create_task(sync_images(self.record.spec))
-        if not request.memory_digest or self._memory is None:
+        # In post-copy most of it is not here yet, and cannot even be read.
+        if not request.memory_digest or self._memory is None or status != "completed":
             return Loaded("")
         started = time.monotonic()
         digest = await self._memory.digest()

@@ -88,6 +88,12 @@ class MigrateOptions:
             )
         if not 0 <= self.max_slowdown_percent <= 99:
             raise WrongInput("bad-max-slowdown", "The slowdown must be 0% to 99%.", "Try --max-slowdown 50%.")
+        if self.verify is Verify.ALL and self.post_copy is PostCopy.ALLOW:
+            raise WrongInput(
+                "no-proof-of-post-copy",
+                "Memory that follows a guest which runs already cannot be compared.",
+                "Leave out --post-copy allow, or verify the disks only (--verify disks).",
+            )
 
 
 @dataclass(frozen=True, slots=True)

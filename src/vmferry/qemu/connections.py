@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Iterator, Sequence
@@ -44,7 +45,8 @@ class SendQueues:
 
     def __init__(self, process: GuestProcess, port: int) -> None:
         """Blocks for a moment."""
-        self._sockets = [sock.dup() for sock in _connections(process, port)]
+        # Not sock.dup(): that makes QEMU's own socket a blocking one (the flag belongs to the shared description).
+        self._sockets = [socket.socket(fileno=os.dup(sock.fileno())) for sock in _connections(process, port)]
 
     def waiting_bytes(self) -> int:
         """Bytes that were written and have not been acknowledged."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -128,6 +129,8 @@ class MemoryReader:
                 f"The guest's memory cannot be read ({error.strerror}).",
                 "vmferryd needs CAP_SYS_PTRACE, and kernel.yama.ptrace_scope below 3; or leave --verify all out.",
             ) from error
+        # One that nobody got hold of (a cancelled wait for the thread that opens it) is closed with its last reference.
+        self._close = weakref.finalize(self, _close_all, (self._memory, self._pages))
         workers = threads or min(8, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="memory-digest")
         self._zero = xxhash.xxh3_128_digest(bytes(CHUNK_BYTES))
@@ -135,8 +138,7 @@ class MemoryReader:
     def close(self) -> None:
         """Lets go. The guest's memory is untouched."""
         self._pool.shutdown()
-        os.close(self._memory)
-        os.close(self._pages)
+        self._close()
 
     async def digest(self) -> MemoryDigest:
         """The digest of the memory as it is now. Only means something while the guest is stopped.
@@ -192,6 +194,11 @@ async def digest_memory(place: MemoryPlace, threads: int | None = None) -> Memor
         return await reader.digest()
     finally:
         await asyncio.to_thread(reader.close)
+
+
+def _close_all(fds: tuple[int, ...]) -> None:
+    for fd in fds:
+        os.close(fd)
 
 
 def _regions(maps: Path) -> Iterator[tuple[int, int, str, int]]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from vmferry.model import errors
 from vmferry.model.errors import VmferryError, WrongInput
 from vmferry.model.findings import Finding, Severity, blocking
-from vmferry.model.migration import MigrateOptions
+from vmferry.model.migration import MigrateOptions, PostCopy, Verify
 from vmferry.model.names import require_mac, require_name, stream_identity, stream_name
 
 
@@ -73,6 +73,7 @@ def test_no_host_can_be_taken_for_a_stream() -> None:
         ({"bandwidth_bps": 999_999}, "bad-limit"),
         ({"max_slowdown_percent": -1}, "bad-max-slowdown"),
         ({"max_slowdown_percent": 100}, "bad-max-slowdown"),
+        ({"verify": Verify.ALL, "post_copy": PostCopy.ALLOW}, "no-proof-of-post-copy"),
     ],
 )
 def test_options_out_of_range(changes: dict[str, int], code: str) -> None:
