@@ -37,7 +37,8 @@ _OPTIONS = (
         type=click.Choice([value.value for value in PostCopy]),
         default=PostCopy.NEVER.value,
         show_default=True,
-        help="Whether memory may follow after the switchover; a failure of either host then loses the guest. Not with --verify all.",
+        help="Whether memory may follow after the switchover; a failure of either host then loses the guest. "
+        "Not with --verify all.",
     ),
     click.option(
         "--verify",
