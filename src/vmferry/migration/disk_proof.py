@@ -25,7 +25,7 @@ from vmferry.qemu.blocks import add_bitmap, remove_bitmap
 from vmferry.qemu.exports import export_readonly, remove_export, start_local_nbd_server, stop_exports
 from vmferry.qemu.layout import device_node
 from vmferry.qemu.monitor import QmpRefused
-from vmferry.storage.digest import DiskDigests, blank_digests, compare, pack_part, redigest, with_part
+from vmferry.storage.digest import DiskDigests, blank_digests, chunk_bytes_for, compare, pack_part, put_part, redigest
 from vmferry.storage.nbd import ALLOCATION, Extent, NbdAddress, NbdClient, bitmap_context, dirty_extents
 
 # Far from the end nothing is gained by reading often, and each time costs QEMU changes of its block graph, for which
@@ -36,6 +36,7 @@ _SHORT_S = 0.05  # a reading
 _STEP_BYTES = 32 << 20
 _DIGEST_LIMIT_S = 24 * 3600.0
 _MOST_DIFFERENCES = 1 << 20
+_COARSEST_GRAIN = 64 << 10  # of a recording: what QEMU takes by itself
 
 
 class DiskReader:
@@ -59,7 +60,7 @@ class DiskReader:
     async def redigest(self, extents: Sequence[Extent]) -> None:
         """Reads these extents again."""
         async with self._turn:
-            self._digests = await asyncio.to_thread(redigest, self._client, self.digests, extents)
+            await asyncio.to_thread(redigest, self._client, self._digests, extents)
 
     async def dirty(self, bitmap: str) -> tuple[Extent, ...]:
         """What the bitmap has recorded."""
@@ -201,7 +202,8 @@ class SourceProof:
 
     async def _record(self, name: str, number: int) -> DiskReader:
         node, bitmap = device_node(name), _bitmap(number)
-        await add_bitmap(self._guest.monitor, node, bitmap)
+        grain = min(_COARSEST_GRAIN, chunk_bytes_for(self._sizes[name]))
+        await add_bitmap(self._guest.monitor, node, bitmap, grain)
         await export_readonly(self._guest.monitor, node, _export(name, number), (bitmap,))
         contexts = (ALLOCATION, bitmap_context(bitmap))
         return await DiskReader.connect(NbdAddress(self._socket, _export(name, number), contexts))
@@ -233,7 +235,7 @@ class SourceProof:
     async def _read_theirs(self, name: str, wanted: Sequence[Extent]) -> None:
         flat = tuple(number for extent in wanted for number in (extent.offset, extent.length))
         part = await self._link.call(RedigestDisk(self._migration_id, name, flat), DiskDigested, _DIGEST_LIMIT_S)
-        self._theirs[name] = with_part(self._theirs[name], wanted, part.digests)
+        put_part(self._theirs[name], wanted, part.digests)
 
     async def read_last(self) -> None:
         """The guest is stopped, no write is under way: reads those of the last moments again.
