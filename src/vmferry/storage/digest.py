@@ -70,7 +70,8 @@ def blank_digests(size_bytes: int) -> DiskDigests:
 def redigest(client: NbdClient, digests: DiskDigests, extents: Iterable[Extent]) -> None:
     """Reads the chunks that `extents` touch (again) and puts their digests in place.
 
-    Long stretches are asked for their zeros first. Raises Failed `size-differs`, the errors of NbdClient. `NbdClient.abort` ends it early.
+    Long stretches are asked for their zeros first. Raises Failed `size-differs`, the errors of NbdClient.
+    `NbdClient.abort` ends it early.
     """
     if client.size_bytes != digests.size_bytes:
         raise Failed(
