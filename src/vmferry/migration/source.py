@@ -441,7 +441,7 @@ class SourceMigration:
 
     async def _release_gates(self) -> None:
         if self._gates is not None:
-            await self._gates.release()
+            await self._gates.release(guest_stays=self.guest.process.running)
 
     async def _release_rest(self) -> None:
         if self._reader is not None:
