@@ -110,15 +110,20 @@ class SourceGates:
             dropped=sum(c.dropped for c in counters),
         )
 
-    async def forward_until_quiet(self, limit_s: float) -> GateCounters:
-        """Waits until no unicast frame for the VM came for a while, at most `limit_s`; the last counters."""
+    async def forward_until_quiet(self, limit_s: float, quiet: GateCounters | None = None) -> GateCounters:
+        """Waits until no unicast frame for the VM came for a while, at most `limit_s`; the last counters.
+
+        `quiet` are counters at which it was quiet: if none came since then it still is.
+        """
         until = time.monotonic() + limit_s
         counters = await self.traffic()
+        if quiet is not None and counters.bytes == quiet.bytes:
+            return counters
         quiet_since = time.monotonic()
         while (now := time.monotonic()) < until and now - quiet_since < _QUIET_S:
             await asyncio.sleep(_LOOK_EVERY_S)
             fresh = await self.traffic()
-            if fresh.frames != counters.frames:
+            if fresh.bytes != counters.bytes:
                 quiet_since = time.monotonic()
             counters = fresh
         return counters
