@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
-from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks, sync_images
+from vmferry.migration.disk_progress import DiskProgress
+from vmferry.migration.disks import SourceDisks, clear_source_disks, sync_images
 from vmferry.migration.gates import SourceGates
 from vmferry.migration.guest import RunningGuest, open_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
