@@ -155,11 +155,19 @@ def _no_receipt(view: MigrationView) -> NotFound:
     from vmferry.model.errors import NotFound
     from vmferry.model.migration import Outcome
 
-    if view.outcome is Outcome.RUNNING:
-        why, fix = f"{view.id} is under way ({view.phase.value}).", f"Follow it: vmferry migration watch {view.id}."
-    else:
-        why, fix = f"{view.id} ended otherwise: {view.outcome.value}.", f"Why: vmferry migration show {view.id}."
-    return NotFound("no-receipt", f"{why} Only a completed migration has a receipt.", fix)
+    only = "Only a completed migration has a receipt."
+    match view.outcome:
+        case Outcome.RUNNING:
+            why, fix = f"is under way ({view.phase.value}). {only}", "Follow it: vmferry migration watch"
+        case Outcome.UNKNOWN:
+            why, fix = f"has not ended: its outcome is unknown. {only}", "Settle it: vmferry migration recover"
+        case Outcome.COMPLETED:
+            # One whose daemon ended, or whose tidying up failed, after the handoff; or its other host did not answer.
+            why = "is completed, but no host that answered has a receipt: its last phase was cut short."
+            fix = "What happened: vmferry migration show"
+        case Outcome.FAILED | Outcome.CANCELLED:
+            why, fix = f"ended otherwise: {view.outcome.value}. {only}", "Why: vmferry migration show"
+    return NotFound("no-receipt", f"{view.id} {why}", f"{fix} {view.id}.")
 
 
 def _show(session: Session, view: MigrationView) -> None:

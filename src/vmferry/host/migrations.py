@@ -281,8 +281,8 @@ class Migrations:
                     _sentence(obstacles),
                     f"All findings: vmferry vm check {record.vm_name} --to {link.peer}.",
                 )
-        except BaseException:
-            await to_the_end(engine.call_off())
+        except BaseException as error:
+            await to_the_end(engine.call_off(error))
             raise
         engine.expected_dirty_rate = result.prediction.dirty_bytes_per_s if result.prediction else 0
 

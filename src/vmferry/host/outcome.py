@@ -45,8 +45,8 @@ async def finish_source(host: Migrations, engine: SourceMigration, vm: Vm, began
     if record.state is RecordState.HANDED_OVER:
         record = engine.record = await journal.move(record, RecordState.TAKEN)
     host.vms.give_away(vm)
-    seen, counters = await _both(_see_it_through(engine), forward_late_frames(parts, engine.gates))
-    away, aside = await _both(_leave_network(engine), _give_up_disks(parts, record, delete=seen.running))
+    seen = await _see_and_forward(engine)
+    (counters, away), aside = await _both(_leave_network(engine), _give_up_disks(parts, record, delete=seen.running))
     reason = None
     if not seen.running:
         reason = Reason(
@@ -81,6 +81,13 @@ async def _both(first: Awaitable[A], second: Awaitable[B]) -> tuple[A, B]:
     return one, other
 
 
+async def _see_and_forward(engine: SourceMigration) -> RunningSeen:
+    """At the same time. Seeing may take far longer than frames come: what came meanwhile is watched again."""
+    seen, quiet = await _both(_see_it_through(engine), forward_late_frames(engine.parts, engine.gates))
+    await forward_late_frames(engine.parts, engine.gates, quiet)
+    return seen
+
+
 async def _see_it_through(engine: SourceMigration) -> RunningSeen:
     """What was seen of the guest on the target; our QEMU, which nobody needs any more, has ended."""
     seen, engine.link = await see_it_run(engine.link, engine.connect, engine.record.id)
@@ -92,10 +99,10 @@ async def _see_it_through(engine: SourceMigration) -> RunningSeen:
     return seen
 
 
-async def _leave_network(engine: SourceMigration) -> bool | None:
-    """Ports, gates and the run directory go; whether the VM's MACs were seen to be elsewhere then."""
-    await give_up_guest(engine.parts, engine.guest, engine.gates)
-    return await see_macs_away(engine.parts, engine.link, engine.record)
+async def _leave_network(engine: SourceMigration) -> tuple[GateCounters, bool | None]:
+    """Ports, gates and the run directory go. What was forwarded, and whether the VM's MACs were seen elsewhere then."""
+    counters = await give_up_guest(engine.parts, engine.guest, engine.gates)
+    return counters, await see_macs_away(engine.parts, engine.link, engine.record)
 
 
 async def _give_up_disks(parts: HostParts, record: MigrationRecord, *, delete: bool) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from vmferry.api.tls import tls_problem
 from vmferry.host import log
 from vmferry.migration import messages
 from vmferry.migration.messages import REPLIES, Request
-from vmferry.model.errors import Failed, OutcomeUnknown, Unreachable, VmferryError, WrongInput
+from vmferry.model.errors import Failed, OutcomeUnknown, Refused, Unreachable, VmferryError, WrongInput
 from vmferry.model.views import HostView
 
 R = TypeVar("R")
@@ -40,6 +40,12 @@ _SHORTEST_S = 2e-4  # a faster link than 10 GB/s is none
 _SAMPLE_LIMIT_S = 20.0
 # A ping after so much of the silence that is borne; the answer may take half as long again.
 _HEARTBEAT_SHARE = 2 / 3
+
+# Of one connection, not yet answered: far more than a migration of a VM with many disks ever has. Requests on which the
+# outcome hangs are counted by themselves, so that they get through whatever else is under way.
+_MOST_IN_FLIGHT = 256
+_MOST_BYTES_IN_FLIGHT = 4 * _LARGEST_MESSAGE
+_DECISIVE = frozenset({"AwaitLoaded", "Take", "Abort", "Inquire"})
 
 _LENGTH = struct.Struct(">I")
 _SAMPLE = _LENGTH.pack(0)
@@ -247,12 +253,15 @@ def _connect_error(name: str, address: str, error: BaseException) -> VmferryErro
 async def serve_peer(
     request: web.Request, handler: Handler, on_closed: Callable[[], Awaitable[None]], silence_s: float = 4.5
 ) -> web.WebSocketResponse:
-    """Answers one peer until it hangs up; then `on_closed`. Requests are started in the order in which they come."""
+    """Answers one peer until it hangs up; then `on_closed`. Requests are started in the order in which they come.
+
+    One that has too many under way is refused more of them, and not read from while it does not take the refusals.
+    """
     socket = web.WebSocketResponse(
         heartbeat=silence_s * _HEARTBEAT_SHARE, compress=False, max_msg_size=_LARGEST_MESSAGE
     )
     await socket.prepare(request)
-    running: set[asyncio.Task[None]] = set()
+    running = {True: _InFlight(), False: _InFlight()}  # the decisive ones, and the others
     try:
         async for message in socket:
             if message.type is aiohttp.WSMsgType.BINARY:
@@ -264,17 +273,56 @@ async def serve_peer(
                 text, data = message.data, b""
             else:
                 break
-            task = asyncio.create_task(_answer(socket, text, data, handler))
-            running.add(task)
-            task.add_done_callback(running.discard)
+            document = _document_of(text)
+            in_flight = running[str(document.get("call")) in _DECISIVE]
+            if in_flight.full:
+                await _send(socket, {"n": document.get("n", 0), "problem": problem(_too_many())})
+                continue
+            in_flight.add(asyncio.create_task(_answer(socket, document, data, handler)), len(message.data))
     except (ConnectionError, aiohttp.ClientError):
         log.event("peer-hung-up", who=request.remote)  # in the middle of something, its reset came first
     finally:
-        for task in running:
-            task.cancel()
-        await asyncio.gather(*running, return_exceptions=True)
+        for in_flight in running.values():
+            await in_flight.end()
         await asyncio.shield(on_closed())
     return socket
+
+
+class _InFlight:
+    """Requests that are being answered, and how large they were."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[asyncio.Task[None], int] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether no more are to be begun."""
+        return len(self._sizes) >= _MOST_IN_FLIGHT or sum(self._sizes.values()) >= _MOST_BYTES_IN_FLIGHT
+
+    def add(self, task: asyncio.Task[None], size_bytes: int) -> None:
+        """Counts it until it is answered."""
+        self._sizes[task] = size_bytes
+        task.add_done_callback(self._sizes.pop)
+
+    async def end(self) -> None:
+        """Cancels all and waits for their ends."""
+        tasks = list(self._sizes)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _too_many() -> Refused:
+    return Refused("too-many-requests", "Too many requests of this connection are not answered yet.", "Wait for some.")
+
+
+def _document_of(text: str | bytes) -> dict[str, Any]:
+    """The request, or {} for what is none. Pure."""
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return document if isinstance(document, dict) else {}
 
 
 def _with_data(text: str, data: bytes) -> bytes:
@@ -290,12 +338,13 @@ def _split(frame: bytes) -> tuple[bytes, bytes]:
     return frame[_LENGTH.size : end], frame[end:]
 
 
-async def _answer(socket: web.WebSocketResponse, text: str | bytes, data: bytes, handler: Handler) -> None:
+async def _answer(socket: web.WebSocketResponse, document: dict[str, Any], data: bytes, handler: Handler) -> None:
     number = 0
     try:
-        document = json.loads(text)
+        if not {"n", "call", "body"} <= document.keys():
+            raise WrongInput("bad-request", "This is no request.", "Same vmferry version?")
         number = int(document["n"])
-        kind = _KINDS.get(document["call"])
+        kind = _KINDS.get(str(document["call"]))
         if kind is None:
             raise WrongInput("unknown-request", f"This host does not know {document['call']}.", "Same vmferry version?")
         reply: dict[str, Any] = {
@@ -308,6 +357,10 @@ async def _answer(socket: web.WebSocketResponse, text: str | bytes, data: bytes,
         log.defect("peer-request-failed", error)
         failed = Failed("internal", f"vmferryd failed at this ({type(error).__name__}).", "See its log.")
         reply = {"n": number, "problem": problem(failed)}
+    await _send(socket, reply)
+
+
+async def _send(socket: web.WebSocketResponse, reply: dict[str, Any]) -> None:
     if not socket.closed:
         with contextlib.suppress(ConnectionError, aiohttp.ClientError):  # nobody waits for it any more
             await socket.send_str(json.dumps(reply))

@@ -369,7 +369,7 @@ class Vms:
 
     async def _watch(self, vm: Vm, guest: RunningGuest) -> None:
         status = await guest.process.exited()
-        if vm.guest is not guest or not vm.owned:
+        if vm.guest is not guest or self._vms.get(vm.spec.name) is not vm:
             return  # one that was given away: its ports forward frames for a while yet
         tail = guest.process.log_tail(3)
         vm.guest = None
@@ -379,15 +379,13 @@ class Vms:
         vm.problem = "" if asked else f"QEMU ended by itself (status {status}): {' / '.join(tail)}"
         try:
             await let_go(self._parts, guest)
-            if vm.owned:
-                await self._journal.set_process(vm.spec.id, 0, 0)
+            await self._journal.set_process(vm.spec.id, 0, 0)
         except VmferryError as error:
             # The next start of the daemon sees by itself that the process is gone.
             log.alarm("guest-end-not-tidied", vm=vm.spec.name, problem=error.message)
         finally:
             vm.ended.set()
-        if vm.owned:
-            log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
+        log.event("guest-ended", vm=vm.spec.name, status=status, asked=asked)
 
 
 def _note_shutdown(vm: Vm, event: QmpEvent) -> None:

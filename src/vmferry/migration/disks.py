@@ -11,9 +11,10 @@ import contextlib
 import os
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
+from vmferry.migration.disk_progress import DiskMeter, DiskProgress, observe_holes
 from vmferry.migration.disk_proof import (
     DiskReader,
     SourceProof,
@@ -157,15 +158,6 @@ class TargetDisks:
 # -- the source's mirrors ------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class DiskProgress:
-    """All mirrors together, in bytes of the guest's view (holes count, and pass quickly)."""
-
-    total_bytes: int
-    done_bytes: int
-    rate: int = 0  # bytes a second, lately
-
-
 class SourceDisks:
     """The mirrors of one migration, and the source's half of the proof."""
 
@@ -206,16 +198,16 @@ class SourceDisks:
         """Until all targets have caught up and guest writes go to both. Raises MirrorFailed, Failed `disk-stalled`."""
         monitor = self._guest.monitor
         moved_at, last = time.monotonic(), -1
-        rate = _Rate()
+        meter = DiskMeter(await observe_holes(self._guest.spec, [mirror.job_id for mirror in self._mirrors]))
         ready = asyncio.gather(*(mirror.ready for mirror in self._mirrors))
         try:
             while not ready.done():
                 samples = await observe_mirrors(monitor)
-                progress = _progress(samples, rate)
-                report(progress)
+                report(meter.read(samples, time.monotonic()))
                 self._tell_fronts(samples)
-                if progress.done_bytes != last:
-                    moved_at, last = time.monotonic(), progress.done_bytes
+                gone = sum(sample.offset for sample in samples)
+                if gone != last:
+                    moved_at, last = time.monotonic(), gone
                 elif time.monotonic() - moved_at > stall_s:
                     raise Failed(
                         "disk-stalled",
@@ -228,7 +220,7 @@ class SourceDisks:
             ready.cancel()
             await asyncio.gather(ready, return_exceptions=True)  # or asyncio complains that nobody looked at it
         await make_write_blocking(monitor, self._mirrors, stall_s)
-        report(_progress(await observe_mirrors(monitor), rate))
+        report(meter.read(await observe_mirrors(monitor), time.monotonic()))
         if self._proof is not None:
             for disk in self._guest.spec.disks:
                 self._proof.moved(disk.name, disk.size_bytes)
@@ -336,23 +328,3 @@ async def clear_source_disks(guest: RunningGuest) -> None:
         if str(node["node-name"]).startswith(_NODE):
             await remove_node(monitor, node["node-name"])
     await clear_proof(guest)
-
-
-class _Rate:
-    """Bytes a second over about the last second."""
-
-    def __init__(self) -> None:
-        self._at, self._done, self._rate = time.monotonic(), 0, 0
-
-    def update(self, done: int) -> int:
-        """The rate, with this much done now."""
-        now = time.monotonic()
-        if now - self._at >= 1 or not self._rate:
-            self._rate = int((done - self._done) / max(0.05, now - self._at))
-            self._at, self._done = now, done
-        return max(0, self._rate)
-
-
-def _progress(samples: Sequence[MirrorSample], rate: _Rate) -> DiskProgress:
-    done = sum(min(s.offset, s.length) for s in samples)
-    return DiskProgress(sum(s.length for s in samples), done, rate.update(done))

@@ -82,16 +82,26 @@ async def _are_away(parts: HostParts, record: MigrationRecord) -> bool:
     return True
 
 
-async def forward_late_frames(parts: HostParts, gates: SourceGates | None) -> GateCounters:
-    """Forwards until no frame for the VM comes here any more. What the gate counted."""
-    return await gates.forward_until_quiet(parts.limits.forward_s) if gates is not None else GateCounters()
+async def forward_late_frames(
+    parts: HostParts, gates: SourceGates | None, quiet: GateCounters | None = None
+) -> GateCounters | None:
+    """Forwards until no frame for the VM comes here any more; the counters at which it was quiet.
+
+    `quiet` is what an earlier call gave back: nothing is waited for if no frame has come since.
+    """
+    return await gates.forward_until_quiet(parts.limits.forward_s, quiet) if gates is not None else None
 
 
-async def give_up_guest(parts: HostParts, guest: RunningGuest, gates: SourceGates | None) -> None:
-    """Ends tunnel, process and ports."""
+async def give_up_guest(parts: HostParts, guest: RunningGuest, gates: SourceGates | None) -> GateCounters:
+    """Ends tunnel, process and ports. All that the gates have counted, to the last moment."""
+    counters = GateCounters()
     if gates is not None:
-        await gates.release()
+        try:
+            counters = await gates.traffic()
+        finally:
+            await gates.release()
     await dismantle(parts, guest)
+    return counters
 
 
 async def put_disks_aside(parts: HostParts, record: MigrationRecord) -> tuple[str, ...]:

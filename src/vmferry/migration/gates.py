@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Coroutine, Iterable, Sequence
 
 from vmferry.migration.host_parts import HostParts
+from vmferry.model.errors import VmferryError
 from vmferry.network.announce import Announcer, announce_rounds, announcement_frames
 from vmferry.network.gate import GateCounters, SourceGate, TargetGate, TunnelSpec, remove_leftovers
 from vmferry.network.ports import Port, plug
@@ -93,9 +94,11 @@ class SourceGates:
             gate.reclaim()
 
     async def reopen(self, returned: int | None) -> None:
-        """Rollback, last step: the port gets its frames again, first those that came back."""
-        for gate in self._gates:
-            await gate.reopen(returned if len(self._gates) == 1 else None)
+        """Rollback, last step: the ports get their frames again, first those that came back.
+
+        Every gate, whatever happens to another; then the first error is raised.
+        """
+        await _each(gate.reopen(returned if len(self._gates) == 1 else None) for gate in self._gates)
 
     async def traffic(self) -> GateCounters:
         """What all gates have passed on so far."""
@@ -107,23 +110,27 @@ class SourceGates:
             dropped=sum(c.dropped for c in counters),
         )
 
-    async def forward_until_quiet(self, limit_s: float) -> GateCounters:
-        """Waits until no unicast frame for the VM came for a while, at most `limit_s`; the last counters."""
+    async def forward_until_quiet(self, limit_s: float, quiet: GateCounters | None = None) -> GateCounters:
+        """Waits until no unicast frame for the VM came for a while, at most `limit_s`; the last counters.
+
+        `quiet` are counters at which it was quiet: if none came since then it still is.
+        """
         until = time.monotonic() + limit_s
         counters = await self.traffic()
+        if quiet is not None and counters.bytes == quiet.bytes:
+            return counters
         quiet_since = time.monotonic()
         while (now := time.monotonic()) < until and now - quiet_since < _QUIET_S:
             await asyncio.sleep(_LOOK_EVERY_S)
             fresh = await self.traffic()
-            if fresh.frames != counters.frames:
+            if fresh.bytes != counters.bytes:
                 quiet_since = time.monotonic()
             counters = fresh
         return counters
 
-    async def release(self) -> None:
-        """Ends it."""
-        for gate in self._gates:
-            await gate.release()
+    async def release(self, *, guest_stays: bool = False) -> None:
+        """Ends it. Ports whose gate is closed leave their switches, unless the guest stays here."""
+        await _each(gate.release(guest_stays=guest_stays) for gate in self._gates)
 
 
 class TargetGates:
@@ -189,10 +196,10 @@ class TargetGates:
         """Ends it. Announcements that are still to come are independent of it: the last is 0.8 s after the take."""
         for announcer in self._announcers:
             announcer.close()
-        for task in self._completing:
-            await task
-        for gate in self._gates:
-            await gate.release()
+        try:
+            await _each(self._completing)
+        finally:
+            await _each(gate.release() for gate in self._gates)
 
 
 async def open_ports(parts: HostParts, ports: Sequence[Port]) -> None:
@@ -201,6 +208,18 @@ async def open_ports(parts: HostParts, ports: Sequence[Port]) -> None:
         await plug(parts.netlink, port)
         with Announcer(_uplinks(parts, port.switch), announcement_frames(port.mac)) as announcer:
             await announce_rounds(announcer)
+
+
+async def _each(works: Iterable[Awaitable[object]]) -> None:
+    """One after the other, all of them; then raises the first error."""
+    first: VmferryError | None = None
+    for work in works:
+        try:
+            await work
+        except VmferryError as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 async def _announce_in_rounds(announcer: Announcer) -> None:

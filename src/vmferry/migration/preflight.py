@@ -30,6 +30,7 @@ from vmferry.migration.messages import (
 from vmferry.migration.placement import map_pools, map_switches
 from vmferry.migration.prediction import Measured, predict
 from vmferry.migration.rehearsal import rehearse
+from vmferry.migration.together import together
 from vmferry.model.errors import VmferryError
 from vmferry.model.findings import Finding, Severity, blocking
 from vmferry.model.migration import CheckResult, MigrateOptions, PostCopy, Prediction
@@ -68,17 +69,18 @@ async def check(
     options: MigrateOptions,
     promising: Callable[[], None] | None = None,
 ) -> CheckResult:
-    """All findings of both hosts and the prediction. Changes nothing. Raises only what ends the link.
+    """All findings of both hosts and the prediction. Changes nothing. Raises only what ends the link or the guest.
 
     `promising` is called when only the rehearsal and the measuring are left, and nothing speaks against it so far.
+    Nothing of the check goes on here after it has raised; what it has on the target goes with the link.
     """
 
     async def find() -> tuple[list[Finding], SourceFacts, int]:
         # The link alone with what costs little: what else the check does would slow it down.
-        rate, facts = await asyncio.gather(link.measure_rate(), _facts(parts, guest))
+        rate, facts = await together(link.measure_rate(), _facts(parts, guest))
 
         async def find_all_else() -> list[Finding]:
-            results = await asyncio.gather(
+            results = await together(
                 _find_here(parts, guest),
                 _find_there(parts, guest, link, options, facts),
                 _find_paths(parts, guest.spec, link, options),
@@ -88,10 +90,10 @@ async def check(
                 promising()
             return found
 
-        found, rehearsed = await asyncio.gather(find_all_else(), rehearse(parts, link, guest.spec))
+        found, rehearsed = await together(find_all_else(), rehearse(parts, link, guest.spec))
         return [*found, rehearsed], facts, rate
 
-    (findings, facts, rate), dirty = await asyncio.gather(find(), estimate_dirty_rate(guest.monitor, _DIRTY_WINDOW_MS))
+    (findings, facts, rate), dirty = await together(find(), estimate_dirty_rate(guest.monitor, _DIRTY_WINDOW_MS))
     measured = Measured(
         memory_bytes=await asyncio.to_thread(observe_used_bytes, await locate(guest)),
         disk_bytes=sum(facts.disk_bytes.values()),

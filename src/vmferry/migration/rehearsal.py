@@ -91,24 +91,27 @@ class TargetTwin:
 
 
 async def rehearse(parts: HostParts, link: PeerLink, spec: VmSpec) -> Finding:
-    """Runs the rehearsal and says how it went. Nothing is left on either side."""
+    """Runs the rehearsal and says how it went. Nothing is left on either side.
+
+    Given up, it leaves nothing here; the target's twin, which may have nobody to wait for, goes with the link.
+    """
     nonce = secrets.token_hex(8)
     starting = asyncio.create_task(build_twin(parts, spec, nonce, incoming=False))
     try:
         ready = await link.call(Rehearse(spec, nonce, link.local_address), RehearsalReady, _LIMIT_S)
     except VmferryError as error:
-        await _end_own(parts, starting)
+        await to_the_end(_end_own(parts, starting))
         return _failed(link.peer, f"{link.peer} could not build the same machine: {error.message}")
     except BaseException:
-        await asyncio.shield(_end_own(parts, starting))
+        await to_the_end(_end_own(parts, starting))
         raise
     try:
         problem = await _send(parts, link, await starting, ready.port)
     except VmferryError as error:
         problem = error.message
     finally:
-        await asyncio.shield(_end_own(parts, starting))
-        ended = await asyncio.shield(link.call(EndRehearsal(nonce), RehearsalEnded, _LIMIT_S * 2))
+        await to_the_end(_end_own(parts, starting))
+    ended = await link.call(EndRehearsal(nonce), RehearsalEnded, _LIMIT_S * 2)
     if ended.ok and not problem:
         return Finding("rehearsal", Severity.OK, "A twin of the guest was migrated and accepted.", "", link.peer)
     return _failed(link.peer, f"A twin of the guest was not accepted: {ended.problem or problem}")
@@ -120,11 +123,10 @@ def _failed(host: str, message: str) -> Finding:
 
 
 async def _end_own(parts: HostParts, starting: asyncio.Task[RunningGuest]) -> None:
-    try:
-        twin = await starting
-    except VmferryError:
-        return
-    await dismantle(parts, twin)
+    starting.cancel()  # it may be up, or not yet
+    await asyncio.wait([starting])
+    if not starting.cancelled() and starting.exception() is None:
+        await dismantle(parts, starting.result())
 
 
 async def _send(parts: HostParts, link: PeerLink, twin: RunningGuest, port: int) -> str:

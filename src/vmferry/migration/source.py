@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 
 from vmferry.migration.boot_transfer import send_boot_files
 from vmferry.migration.convergence import Goal
-from vmferry.migration.disks import DiskProgress, SourceDisks, clear_source_disks, sync_images
+from vmferry.migration.disk_progress import DiskProgress
+from vmferry.migration.disks import SourceDisks, clear_source_disks, sync_images
 from vmferry.migration.gates import SourceGates
 from vmferry.migration.guest import RunningGuest, open_memory
 from vmferry.migration.handoff import Act, Decision, PeerSays, decide_source
@@ -46,7 +47,7 @@ from vmferry.model.names import stream_name
 from vmferry.model.receipt import DiskDigests
 from vmferry.qemu.memory_image import MemoryReader
 from vmferry.qemu.memory_stream import StreamSettings, cancel, observe_migration, prepare_source, set_throttle
-from vmferry.qemu.monitor import YANK_MIGRATION, QmpRefused
+from vmferry.qemu.monitor import YANK_MIGRATION, QmpInterrupted, QmpLost, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
 _FRAMES_PATIENCE_S = 0.3
@@ -103,6 +104,7 @@ class SourceMigration:
     _proof: asyncio.Task[None] | None = None
     _standing_by: asyncio.Task[None] | None = None
     _preparing: asyncio.Task[Prepared] | None = None
+    _called_off: bool = False
     _committed: bool = False
     _switching: bool = False
 
@@ -157,13 +159,20 @@ class SourceMigration:
 
     def prepare_ahead(self) -> None:
         """Reserves on the target and has its QEMU started while the check ends; `move` or `call_off` follows."""
-        self._preparing = asyncio.create_task(self._prepare())
+        if not self._called_off:
+            self._preparing = asyncio.create_task(self._prepare())
 
-    async def call_off(self) -> None:
-        """The check speaks against it: what `prepare_ahead` has made goes, here and on the target."""
+    async def call_off(self, error: BaseException) -> None:
+        """The check speaks against it, or broke off: what `prepare_ahead` has made goes, here and on the target.
+
+        Raises Failed `guest-ended` if that is what is behind the error.
+        """
+        self._called_off = True
         if self._preparing is not None:
             await _end(self._preparing)
             await self._undo()
+        if isinstance(error, VmferryError) and await self._has_guest_ended(error):
+            raise await self._guest_ended() from error
 
     async def move(self) -> None:
         """Prepare, copy, switch over, hand off. Returns once the target has taken the VM.
@@ -178,14 +187,15 @@ class SourceMigration:
         except BaseException as error:
             if not self._committed:
                 await to_the_end(self._undo())
-                if isinstance(error, VmferryError) and await self._has_guest_ended():
+                if isinstance(error, VmferryError) and await self._has_guest_ended(error):
                     raise await self._guest_ended() from error
             raise
         await self._hand_off()
 
-    async def _has_guest_ended(self) -> bool:
+    async def _has_guest_ended(self, error: VmferryError) -> bool:
         """Whether its end is what went wrong: mirrors, stream and QMP break off first, in any order."""
-        if self.guest.process.running and not self.problems:
+        silent = isinstance(error, QmpLost | QmpInterrupted)
+        if self.guest.process.running and not self.problems and not silent:
             return False
         try:
             async with asyncio.timeout(_QMP_PATIENCE_S):
@@ -449,7 +459,7 @@ class SourceMigration:
 
     async def _release_gates(self) -> None:
         if self._gates is not None:
-            await self._gates.release()
+            await self._gates.release(guest_stays=self.guest.process.running)
 
     async def _release_rest(self) -> None:
         if self._reader is not None:

@@ -87,6 +87,8 @@ class TargetMigration:
         self._taken_at = 0.0
         self._settled_in = False
         self._ending = asyncio.Lock()
+        self._starting: asyncio.Task[Prepared] | None = None
+        self._given_up = False
         self._progress_at = time.monotonic()
 
     @property
@@ -162,12 +164,27 @@ class TargetMigration:
             await accept_boot_file(part, directory / request.name)
 
     async def start(self) -> Prepared:
-        """Starts the waiting QEMU with its streams open and its gates ready. On failure everything is removed again."""
+        """Starts the waiting QEMU with its streams open and its gates ready. On failure everything is removed again.
+
+        Raises Conflict `refused` when it is refused meanwhile, `already-started` the second time.
+        """
+        if self._starting is not None:
+            raise Conflict("already-started", f"{self._parts.name} has started this guest already.", "")
+        if self._given_up:
+            raise self._refused()
+        # A task of its own, so that `refuse` can end it wherever it is: what it holds must not outlive the refusal.
+        self._starting = asyncio.create_task(self._start())
         try:
-            return await self._start()
+            return await self._starting
         except BaseException:
+            refused = self._given_up
             await to_the_end(self.refuse())
+            if refused and self._starting.cancelled():
+                raise self._refused() from None
             raise
+
+    def _refused(self) -> Conflict:
+        return Conflict("refused", f"{self._parts.name} has refused the VM.", "The source has called it off.")
 
     async def _start(self) -> Prepared:
         spec, options = self.record.spec, self._request.options
@@ -335,11 +352,18 @@ class TargetMigration:
         async with self._ending:
             if self.record.state is RecordState.TAKEN or self._taken is not None:
                 raise Conflict("taken", f"{self._parts.name} has taken the VM.", "It runs there now.")
+            await self._end_start()
             if self.record.state is RecordState.ACTIVE:
                 self.record = await self._parts.journal.move(self.record, RecordState.REFUSED)
             if self.record.state is RecordState.REFUSED:
                 await self._clear()
                 self.record = await self._parts.journal.move(self.record, RecordState.ENDED)
+
+    async def _end_start(self) -> None:
+        self._given_up = True
+        if self._starting is not None and not self._starting.done():
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
 
     async def _stop_writer(self) -> None:
         if self._writer is not None:

@@ -142,7 +142,10 @@ class PhaseTime:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Where a running migration stands. Rates are bytes per second; `eta_ms` is what is left, as a range."""
+    """Where a running migration stands. Rates are bytes per second; `eta_ms` is what is left, as a range.
+
+    Of the disks what has to be sent counts: not their holes.
+    """
 
     disk_total_bytes: int = 0
     disk_done_bytes: int = 0

@@ -51,14 +51,15 @@ class BroadcastHandover:
             raise
 
     def repair(self, inject: FrameSender) -> int:
-        """Puts what was lost into the port; how many. Nothing if a record is incomplete. Blocks. Raises Failed."""
+        """Puts what was lost into the port; how many. Nothing if a record is incomplete. Blocks. Raises Failed.
+
+        A port without room (its guest does not read it) drops them, as it does those that come by the switch.
+        """
         brought = [frame for recorder in self._brought for frame in recorder.take()]
         complete = not self._into_port.missed() and not any(recorder.missed() for recorder in self._brought)
         delivered = (frame for frame, at in self._into_port.take_stamped() if at >= self._since)
         missing = undelivered(brought, delivered) if complete else []
-        for frame in missing:
-            inject.send(frame)
-        return len(missing)
+        return sum([inject.offer(frame) for frame in missing])
 
     def close(self) -> None:
         self._open.close()

@@ -113,8 +113,24 @@ class FrameSender(_Owner):
         try:
             self._socket.send(frame)
         except OSError as error:
-            reason = error.strerror or "no answer"
-            raise Failed("frame-not-sent", f"A frame could not be sent out of {self._device} ({reason}).") from error
+            raise self._not_sent(error) from error
+
+    def offer(self, frame: bytes) -> bool:
+        """Whether the device had room for it: if not the frame is lost, and the kernel has counted it as dropped.
+
+        A tap has no room when nobody reads it. Raises Failed `frame-not-sent` for what else keeps it from being sent.
+        """
+        try:
+            self._socket.send(frame)
+        except OSError as error:
+            if error.errno != errno.ENOBUFS:
+                raise self._not_sent(error) from error
+            return False
+        return True
+
+    def _not_sent(self, error: OSError) -> Failed:
+        reason = error.strerror or "no answer"
+        return Failed("frame-not-sent", f"A frame could not be sent out of {self._device} ({reason}).")
 
 
 class FrameRecorder(_Owner):

@@ -81,8 +81,9 @@ class SourceGate:
         self._recorded: list[tuple[bytes, float]] = []
         self._missed = 0  # by the recorder, until it was last emptied
         self._marker = b""
+        self._no_room = False  # for the marker: the port's ring was full
         self._sent_for_qemu: list[bytes] = []
-        self._unknown = 0
+        self._lost = 0  # frames that were in no copy, or for which the port had no room
         self._drained = 0
         self._reinjected = 0
 
@@ -181,10 +182,14 @@ class SourceGate:
         reads before it asks whether the guest takes it, and then reads no more). Whether it has done so cannot be
         asked, and when it stopped is not known to the millisecond: but once it has looked at its ports again (two
         answers over QMP), the frame is gone if it was the first one to be read, and is there if QEMU has another one.
-        No system answers to the frame. Raises Failed `frame-not-sent`.
+        No system answers to the frame.
+
+        A full ring has no room for it, and needs none: there is a frame in it for QEMU to look at, and since frames
+        are in it that QEMU has not read, the one before them is what QEMU keeps. (A ring is full when its VM has been
+        paused for long, or its guest does not drive the NIC.) Raises Failed `frame-not-sent`.
         """
         self._marker = unanswered_frame(self._port)
-        self._ready().inject.send(self._marker)
+        self._no_room = not self._ready().inject.offer(self._marker)
 
     def drain(self) -> int:
         """Sends what the old guest has not got to the target; how many frames. After `mark`, QEMU having looked.
@@ -198,7 +203,7 @@ class SourceGate:
         while frames := read_frames(self._port.fd, 256):
             left += frames
         unread = [frame for frame in left if not _same(frame, self._marker)]
-        kept = self._kept_by_qemu(unread) if left else []
+        kept = self._kept_by_qemu(unread) if left or self._no_room else []
         for frame in kept + unread:
             self._ready().forward.send(frame)
         self._drained += len(kept) + len(unread)
@@ -212,7 +217,7 @@ class SourceGate:
         while unread and at > 0 and not _same(recorded[at], unread[0]):  # a full ring has dropped what came last
             at -= 1
         if at <= 0 or (self._recorder is not None and self._recorder.missed() > self._missed):
-            self._unknown += 1
+            self._lost += 1
             return []
         self._sent_for_qemu.append(recorded[at - 1])
         return [recorded[at - 1]]
@@ -227,22 +232,28 @@ class SourceGate:
 
         `returned` is what the target's `return_frames` said: so many are waited for (at most `timeout_s`) before the
         gate opens; None if the target cannot be asked. Late ones are put into the port as they come, until `release`.
-        Gives back all frames put into the port so far. Idempotent. Raises KernelRefused, Failed.
+        Gives back all frames that came back so far; those for which the port has no room count as dropped. Whatever
+        fails before, the gate is opened. Idempotent. Raises KernelRefused, Failed.
         """
         prepared = self._ready()
-        self.reclaim()
+        try:
+            self.reclaim()
+            await self._take_back(returned, timeout_s)
+        finally:
+            prepared.reopen.fire(accept=GONE)
+            self._closed = False
+        self._reinject()
+        prepared.returned.call_on_arrival(self._reinject)
+        return self._reinjected
+
+    async def _take_back(self, returned: int | None, timeout_s: float) -> None:
         deadline = asyncio.get_running_loop().time() + timeout_s
         self._reinject()
         while returned is not None and self._reinjected < returned:
             remaining = deadline - asyncio.get_running_loop().time()
-            if remaining <= 0 or not await prepared.returned.wait(remaining):
+            if remaining <= 0 or not await self._ready().returned.wait(remaining):
                 break
             self._reinject()
-        prepared.reopen.fire(accept=GONE)
-        self._closed = False
-        self._reinject()
-        prepared.returned.call_on_arrival(self._reinject)
-        return self._reinjected
 
     def _reinject(self) -> None:
         prepared = self._ready()
@@ -250,8 +261,8 @@ class SourceGate:
             self._reinjected += 1
             if frame in self._sent_for_qemu:  # QEMU has it in its queue and gives it to the guest itself
                 self._sent_for_qemu.remove(frame)
-                continue
-            prepared.inject.send(frame)
+            elif not prepared.inject.offer(frame):
+                self._lost += 1
 
     async def traffic(self) -> GateCounters:
         """What the gate has passed on so far. Raises KernelRefused."""
@@ -265,28 +276,30 @@ class SourceGate:
             frames=(unicast.frames if unicast else 0) + self._drained,
             bytes=unicast.bytes if unicast else 0,
             others=others.frames if others else 0,
-            dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors") + self._unknown,
+            dropped=tunnel.stat("tx_dropped") + tunnel.stat("tx_errors") + self._lost,
             tunnelled=tunnel.stat("tx_packets"),
         )
 
-    async def release(self) -> None:
+    async def release(self, *, guest_stays: bool = False) -> None:
         """Ends it. If the gate is closed the port leaves its switch first: frames must not go to a guest that left.
 
-        Idempotent, also after a failed `prepare`, and if port or tunnel are gone. Raises KernelRefused.
+        With `guest_stays` it does not: a gate that could not be reopened is opened by this. Idempotent, also after a
+        failed `prepare`, and if port or tunnel are gone. Raises KernelRefused.
         """
         self._open.close()
         self._prepared = self._recorder = None
-        await aside(self._release)
+        await aside(self._release, guest_stays)
 
-    def _release(self) -> None:
+    def _release(self, guest_stays: bool) -> None:
         port = self._port
         link = observe_link(self._netlink, port.name)
         if link is not None and link.index == port.ifindex:
-            if self._closed:
+            leaves = self._closed and not guest_stays
+            if leaves:
                 self._netlink.run(link_master(port.name, port.ifindex, 0))
-            elif link.master:
-                self._netlink.run(fdb_replace(port.ifindex, port.mac, sticky=False), accept=GONE)
             self._netlink.run(*(redirect_delete(redirect) for redirect in self._redirects), accept=GONE)
+            if link.master and not leaves:
+                self._netlink.run(fdb_replace(port.ifindex, port.mac, sticky=False), accept=GONE)
         delete_tunnel(self._netlink, tunnel_name(self._spec.migration_id, self._spec.index))
 
     def _ready(self) -> _Prepared:

@@ -46,7 +46,7 @@ class NbdTarget:
 
 @dataclass(frozen=True, slots=True)
 class MirrorSample:
-    """query-block-jobs for one mirror. Bytes; `length` grows when the guest writes, and counts holes.
+    """query-block-jobs for one mirror. Bytes; `length` grows when the guest writes, and counts the holes of raw images.
 
     `actively_synced` is None where QEMU does not say (before 8.2, or in the background mode's first copy).
     """

@@ -294,3 +294,90 @@ async def test_the_tunnel_over_ipv6(tmp_path: Path) -> None:
         found = await verdict(segment)
         await segment.guest.call("stop", label="new")
     assert not found.lost and not found.duplicates and not found.damaged, found
+
+
+async def full_ring(segment: Segment, kept: bool) -> str:
+    """A guest that reads its port no more, frames coming until the port has no room; the port's name.
+
+    `kept`: QEMU has read the one frame more that it keeps; else it will when it looks the next time.
+    """
+    name = await segment.a.call("port", vm="old", mac=MAC, plugged=True, txqueuelen=50)
+    await segment.hand_over(segment.a, "old")
+    await segment.guest.call("run", label="old")
+    await segment.client.call("start", mac=MAC, rate=2000, kinds="u")
+    await segment.received(20)
+    await segment.prepare(segment.a, segment.b, "old", "new")
+    await segment.a.call("source.arm")
+    await segment.received(20)
+    await segment.guest.call("halt")
+    if kept:
+        await until_waiting(segment)
+        assert await segment.guest.call("swallow", label="old") == 1
+
+    async def full() -> bool:
+        return dropped_at(segment, name) > 20
+
+    await until(full, "frames dropped at the port")
+    await segment.b.call("target.plug")
+    await segment.a.call("source.close")
+    return str(name)
+
+
+def dropped_at(segment: Segment, port: str) -> int:
+    return int(json.loads(segment.ip("a", "-json", "-s", "link", "show", "dev", port))[0]["stats64"]["tx"]["dropped"])
+
+
+@pytest.mark.parametrize("kept", [False, True])
+async def test_a_full_ring_goes_to_the_target(tmp_path: Path, kept: bool) -> None:
+    """A VM paused for long, or a NIC that the guest does not drive: the port has no room for the marker."""
+    async with Segment(tmp_path) as segment:
+        name = await full_ring(segment, kept)
+        assert await drain(segment, segment.a, "old") > 30  # the kernel frees what was read of a ring in batches
+        dropped = dropped_at(segment, name)
+        await segment.held(segment.b, 20)
+        await segment.b.call("target.listen")
+        await segment.guest.call("run", label="new")
+        await segment.b.call("target.announce")
+        await segment.received(100)
+        lost_here = (await segment.a.call("source.traffic"))["dropped"]
+        found = await verdict(segment)
+        await segment.guest.call("stop", label="new")
+    # Those for which the old port had no room: the last before the gate was closed, and none but them.
+    assert found.lost == list(range(found.lost[0], found.lost[-1] + 1)) and len(found.lost) <= dropped, found
+    assert not found.duplicates and not found.damaged, found
+    assert lost_here == 0
+
+
+@pytest.mark.parametrize("drained", [False, True])
+async def test_a_rollback_with_a_full_ring_opens_the_gate(tmp_path: Path, drained: bool) -> None:
+    async with Segment(tmp_path) as segment:
+        name = await full_ring(segment, kept=True)
+        if drained:
+            await drain(segment, segment.a, "old")
+        await segment.held(segment.b, 60)
+        await segment.a.call("source.reclaim")
+        returned = await segment.b.call("target.return_frames")
+        assert await segment.a.call("source.reopen", returned=returned) >= returned
+        assert (await segment.a.call("source.traffic"))["dropped"] > 0
+        assert not await segment.a.call("is_closed")
+        assert "master br0" in segment.ip("a", "link", "show", "dev", name)
+        await segment.guest.call("run", label="old")
+        await segment.received(200)
+        await segment.b.call("target.release")
+        await segment.a.call("source.release", guest_stays=True)
+        await segment.received(50)
+        found = await verdict(segment)
+        await segment.guest.call("stop", label="old")
+    assert not found.duplicates and not found.damaged, found
+
+
+async def test_a_gate_that_was_not_reopened_is_opened_for_a_guest_that_stays(tmp_path: Path) -> None:
+    async with Segment(tmp_path) as segment:
+        await segment.boot(segment.a, "old")
+        await segment.client.call("start", mac=MAC, rate=500, kinds="ub")
+        await segment.prepare(segment.a, segment.b, "old", "new")
+        await segment.a.call("source.close")
+        await segment.a.call("source.release", guest_stays=True)
+        await segment.received(50)
+        await segment.client.call("stop")
+        await segment.guest.call("stop", label="old")

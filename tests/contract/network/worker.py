@@ -109,6 +109,10 @@ class Host:
         self.source = SourceGate(self.netlink, self.ports[vm], tunnel, ("up0",))
         await self.source.prepare()
 
+    async def is_closed(self) -> bool:
+        assert self.source
+        return self.source.closed
+
     async def make_target(self, vm: str, migration: str, local: str, remote: str, mtu: int = 1500) -> None:
         tunnel = self._tunnel(migration, local, remote, mtu)
         self.target = TargetGate(self.netlink, self.ports[vm], tunnel, ("up0",), ("10.9.0.50", "fd00::50"))

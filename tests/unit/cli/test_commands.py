@@ -308,13 +308,20 @@ def test_migrations_are_listed_once(hosts: Hosts, run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("view", "why"), [(RUNNING, "is under way"), (ended(Outcome.FAILED, "link-lost"), "ended otherwise: failed")]
+    ("view", "why", "fix"),
+    [
+        (RUNNING, "is under way", "watch"),
+        (ended(Outcome.FAILED, "link-lost"), "ended otherwise: failed. Only a completed", "show"),
+        (ended(Outcome.UNKNOWN, "peer-silent"), "has not ended: its outcome is unknown. Only a completed", "recover"),
+        (COMPLETED, "is completed, but no host that answered has a receipt", "show"),
+    ],
 )
-def test_only_a_completed_migration_has_a_receipt(hosts: Hosts, run: Run, view: MigrationView, why: str) -> None:
+def test_without_a_receipt_it_is_said_why(hosts: Hosts, run: Run, view: MigrationView, why: str, fix: str) -> None:
     missing = NotFound("no-document", "Migration has no receipt document.", "Did it get that far?")
     hosts[0].on("GET", f"/v1/migrations/{ID}", view).on("GET", f"/v1/migrations/{ID}/receipt", missing)
     done = run("migration", "receipt", ID)
-    assert done.status == 2 and why in done.err and "vmferry migration" in done.err
+    assert done.status == 2 and why in " ".join(done.err.split())
+    assert f"vmferry migration {fix} {ID}" in " ".join(done.err.split())
 
 
 def test_a_receipt_and_its_signature(hosts: Hosts, run: Run) -> None:
