@@ -47,6 +47,8 @@ _CROWDED_S = 0.3
 _CROWDED_LATE_S = 0.1
 _LONG_PASS_S = 1.0
 _BROKEN = "Look at the migration network and at the target's QEMU (its qemu.log), then migrate again."
+_CALM_LOOK_EVERY_S = 0.005
+_CALM_LOOKS = 3
 _STOPPED = ("pre-switchover", "device", "completed")
 _EVENTS = ("MIGRATION_PASS", "MIGRATION", "STOP")
 
@@ -291,6 +293,25 @@ class MemoryCopy:
         """Raises QEMU's auto-converge, which is on from the start with at most 1 percent."""
         self._throttle = percent
         await set_throttle(self._guest.monitor, percent, percent, percent)
+
+    async def calm_down(self) -> None:
+        """Before a stream is cancelled: nothing is being sent any more when this returns. The caller limits the time.
+
+        QEMU 10.0 ends the TLS session of a multifd channel from its main loop while the channel's own thread may still
+        be sending in it, and has died of that (1 in some hundred cancels). A thread that waits on a dead network it
+        does not wait for: cutting the connection (yank) ends the thread first, and the migration then ends by itself.
+        """
+        if self._port == 0:
+            return
+        await set_bandwidth(self._guest.monitor, _HOLD_BYTES_PER_S)
+        queues = await asyncio.to_thread(SendQueues, self._guest.process, self._port)
+        try:
+            empty_looks = 0
+            while empty_looks < _CALM_LOOKS:
+                await asyncio.sleep(_CALM_LOOK_EVERY_S)
+                empty_looks = empty_looks + 1 if queues.waiting_bytes() == 0 else 0
+        finally:
+            queues.close()
 
     def close(self) -> None:
         """Lets go of QEMU's connections. Idempotent."""

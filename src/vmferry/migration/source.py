@@ -50,6 +50,7 @@ from vmferry.qemu.memory_stream import StreamSettings, cancel, observe_migration
 from vmferry.qemu.monitor import YANK_MIGRATION, QmpInterrupted, QmpLost, QmpRefused
 
 _QMP_PATIENCE_S = 0.25
+_CALM_PATIENCE_S = 0.15
 _FRAMES_PATIENCE_S = 0.3
 _POST_COPY_LOOK_S = 0.2
 _PULSE_EVERY_S = 0.5
@@ -472,6 +473,9 @@ class SourceMigration:
     async def _stop_stream(self) -> None:
         monitor = self.guest.monitor
         try:
+            if self._memory is not None:
+                async with asyncio.timeout(_CALM_PATIENCE_S):
+                    await self._memory.calm_down()
             async with asyncio.timeout(_QMP_PATIENCE_S):
                 await cancel(monitor)
                 await self._stream_ended()

@@ -37,7 +37,7 @@ def test_everything_typed() -> None:
         "bandwidth": "500mbit",
         "max_slowdown": "20",
         "post_copy": "allow",
-        "verify": "all",
+        "verify": "none",
         "keep_source": True,
         "storage": ("fast", "root=local"),
         "network": ("lan=office",),
@@ -48,11 +48,16 @@ def test_everything_typed() -> None:
         bandwidth_bps=500_000_000,
         max_slowdown_percent=20,
         post_copy=PostCopy.ALLOW,
-        verify=Verify.ALL,
+        verify=Verify.NONE,
         keep_source=True,
         storage={"": "fast", "root": "local"},
         network={"lan": "office"},
     )
+
+
+def test_memory_that_follows_later_cannot_be_proven() -> None:
+    with pytest.raises(WrongInput, match="cannot be compared"):
+        read_options(TYPED | {"post_copy": "allow", "verify": "all"})
 
 
 @pytest.mark.parametrize("mode", ["quick", "cold"])
